@@ -1,0 +1,15 @@
+"""The one exception for what a user did: shown as a single message, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Wrong input: where it is, what was found, and what to write or do instead."""
+
+    def __init__(self, found: str, fix: str, file: Path | str | None = None, where: str | None = None) -> None:
+        """`where` is a key path or a line inside `file`; `found` and `fix` are sentences without a final stop."""
+        self.found, self.fix, self.file, self.where = found, fix, file, where
+        place = ": ".join(str(part) for part in (file, where) if part is not None)
+        super().__init__(f"{place + ': ' if place else ''}{found}. {fix}.")

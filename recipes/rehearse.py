@@ -1,0 +1,285 @@
+"""The whole chain, small: the recipe's own files, scaled down, trained on this machine, killed, resumed, audited."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from recipes.audit import StageAudit, audit
+from recipes.data.corpus import build_corpora, iter_texts
+from recipes.data.manifest import Manifest
+from recipes.data.tokenize import tokenize, train_tokenizer
+from recipes.errors import UserError
+from recipes.files import append_line, read_lines, write_atomic, write_json
+from recipes.loader import load
+from recipes.plan import StagePlan
+from recipes.recipe import Recipe
+from recipes.report import heldout_losses, write_report
+from recipes.run import RUN_FILE, TOKENIZER, Run, freeze, runs_folder
+
+TOKENS_PER_MINUTE = 240_000
+"""Training tokens for each minute of `--minutes`: a constant, so that the same arguments give the same run on any
+machine. Chosen for two cores, of whose ten minutes training gets about half."""
+SEQUENCE_LENGTH, MICRO_BATCH, SEQUENCES_PER_STEP = 256, 8, 16
+VOCAB_SIZE = 4096
+BLOCK_TOKENS = 4 * SEQUENCE_LENGTH
+"""As in the real recipe: four sequences."""
+CHECKPOINTS_PER_STAGE = 3
+CHARACTERS_PER_TOKEN = 3.3
+"""Of the 4,096-entry tokenizer, about; it only sets how much text is gathered."""
+LEAST_CHARACTERS = 160_000
+"""Scaled down as far as the tokens, the smallest sources would not fill one block."""
+HELDOUT_CHARACTERS = 90_000
+MODEL = {"layers": 4, "hidden": 128, "ffn": 512, "vocab_size": VOCAB_SIZE}
+HEAD_DIM = 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a rehearsal was asked for; kept in its folder, so that `--resume` asks for the same."""
+
+    recipe: str
+    minutes: float
+    seed: int
+    nproc: int
+    keep: bool
+
+
+def rehearse(settings: Settings, console: Console, folder: Path | None = None) -> bool:
+    """Runs the whole chain in a new folder below runs/, or goes on in `folder`; True if everything agreed.
+
+    Raises:
+        UserError: something about the arguments, the recipe or the machine, with what to do.
+        KeyboardInterrupt: after a checkpoint was asked for; the run can be resumed.
+    """
+    started = time.time()
+    folder = folder or new_folder(settings.recipe)
+    write_json(folder / "rehearsal.json", asdict(settings))
+    base = load(settings.recipe)
+    run = prepare(settings, base, folder, console)
+    for number, stage in enumerate(run.plan.stages):
+        train_stage(run, stage, settings, console, kill=number == min(1, len(run.plan.stages) - 1))
+    audits = audit(run, digests=True)
+    append_line(folder / "events.jsonl", {"event": "finished", "seconds": time.time() - started})
+    report = write_report(run, audits)
+    show_result(run, audits, console)
+    console.print(f"report: [bold]{report}[/]", highlight=False, soft_wrap=True)
+    return all(a.complete and not a.problems for a in audits) and all(
+        after < before for _, _, before, after in heldout_losses(run)
+    )
+
+
+def new_folder(recipe: str) -> Path:
+    """A folder for a new rehearsal, numbered after those there are."""
+    runs = runs_folder()
+    stem = f"rehearsal-{Path(recipe).name}"
+    number = next(n for n in range(1, 10_000) if not (runs / f"{stem}-{n}").exists())
+    folder = runs / f"{stem}-{number}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def resumable(name: str | None) -> tuple[Path, Settings]:
+    """The named rehearsal, or the newest one, with its settings.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = sorted(runs_folder().glob("*/rehearsal.json"), key=lambda p: p.stat().st_mtime)
+    files = [p for p in found if name in (None, p.parent.name, str(p.parent))]
+    if not files:
+        names = ", ".join(p.parent.name for p in found) or "(none yet)"
+        raise UserError(f"no rehearsal {name or 'to resume'}", f"name one of {names}", runs_folder())
+    return files[-1].parent, Settings(**json.loads(files[-1].read_text(encoding="utf-8")))
+
+
+def prepare(settings: Settings, base: Recipe, folder: Path, console: Console) -> Run:
+    """Corpora, tokenizer, tokenised data and the frozen, scaled-down recipe; what is there already is kept."""
+    if (folder / RUN_FILE).exists():
+        return Run.load(folder)
+    scale = settings.minutes * TOKENS_PER_MINUTE / (base.stages[-1].end_step * base.tokens_per_step)
+    sources = {use: base.sources[use] for stage in base.stages for use in stage.mixture.shares}
+    kinds = {name: source.domain for name, source in sources.items()}
+    sizes = {
+        name: max(LEAST_CHARACTERS, int((source.tokens or 0) * scale * CHARACTERS_PER_TOKEN))
+        for name, source in sources.items()
+    }
+    heldout = dict.fromkeys(sorted(set(kinds.values())), HELDOUT_CHARACTERS)
+    corpora = folder / "corpora"
+    with progress(console) as bars:
+        bar = bars.add_task("gathering text", total=sum(sizes.values()) + sum(heldout.values()))
+        build_corpora(corpora, sizes, heldout, settings.seed, kinds, lambda n: bars.update(bar, advance=n))
+    tokenizer = folder / TOKENIZER
+    if not tokenizer.exists():
+        with console.status(f"training a tokenizer of {VOCAB_SIZE:,} entries"):
+            texts = (text for name in sizes for text in iter_texts(corpora / name))
+            train_tokenizer(texts, VOCAB_SIZE, base.tokenizer.end_of_text, tokenizer)
+    manifests = tokenize_all(sources, heldout, folder, base.tokenizer.end_of_text, console)
+    write_overlay(settings, base, folder, manifests)
+    frozen = load(folder / "recipe" / "stages" / overlay_name(base))
+    return Run.create(folder, frozen, folder / "data", tokenizer)
+
+
+def tokenize_all(
+    sources: dict[str, Any], heldout: dict[str, int], folder: Path, end_of_text: str, console: Console
+) -> dict[str, Manifest]:
+    """Tokenises every corpus with the code that tokenises the real ones; returns the sources' manifests."""
+    manifests = {}
+    with progress(console) as bars:
+        for name in bars.track([*sources, *(f"heldout/{d}" for d in heldout)], description="tokenising"):
+            text = sources[name].text if name in sources else "text"
+            done = tokenize(
+                source=name, data=str(folder / "corpora" / name), out=folder / "data" / name,
+                tokenizer=folder / TOKENIZER, end_of_text=end_of_text, text=text,
+            )  # fmt: skip
+            manifests[name] = done
+    return {name: manifests[name] for name in sources}
+
+
+def overlay_name(base: Recipe) -> str:
+    """The scaled-down recipe's name."""
+    return f"{base.name}-rehearsal"
+
+
+def write_overlay(settings: Settings, base: Recipe, folder: Path, manifests: dict[str, Manifest]) -> None:
+    """Freezes the real files and puts the overlay beside them: one factor on tokens, a small model, local sources."""
+    tokens = int(settings.minutes * TOKENS_PER_MINUTE)
+    total = base.stages[-1].end_step * base.tokens_per_step
+    per_step = SEQUENCE_LENGTH * SEQUENCES_PER_STEP
+    micro_batch = min(MICRO_BATCH, SEQUENCES_PER_STEP // settings.nproc)
+    heads = MODEL["hidden"] // HEAD_DIM
+    kv_heads = max(1, heads * base.model.kv_heads // base.model.heads)
+    overlay = {
+        "name": overlay_name(base), "extends": base.name, "scale": f"{tokens}/{total}", "seed": settings.seed,
+        "model": MODEL | {"heads": heads, "kv_heads": kv_heads},
+        "tokenizer": {"name": "tokenizer.json", "vocab_size": VOCAB_SIZE},
+        "batch": {
+            "tokens_per_step": per_step, "sequence_length": SEQUENCE_LENGTH, "micro_batch": micro_batch,
+            "accumulation": SEQUENCES_PER_STEP // settings.nproc // micro_batch,
+        },
+        "parallelism": {"dp": settings.nproc, "tp": 1, "pp": 1},
+        "schedule": {"peak_lr": 3.0e-3},  # the published rate of the smallest model
+        "checkpoints": {"interval": tokens // per_step // (CHECKPOINTS_PER_STAGE * 11) or 1, "keep_last": 2,
+                        "keep_every": 0},
+        "block_tokens": BLOCK_TOKENS, "sources": "mixtures/sources-rehearsal.yaml", "branches": [],
+    }  # fmt: skip
+    registry = {
+        name: {"domain": base.sources[name].domain, "hub": None, "text": base.sources[name].text,
+               "tokens": manifest.tokens}
+        for name, manifest in manifests.items()
+    }  # fmt: skip
+    recipe = folder / "recipe"
+    freeze(base, recipe)
+    _write_yaml(recipe / overlay["sources"], {"sources": registry})
+    _write_yaml(recipe / "stages" / overlay_name(base) / "recipe.yaml", overlay)
+
+
+def _write_yaml(path: Path, data: dict[str, Any]) -> None:
+    write_atomic(path, "# Written by `smol rehearse`.\n" + yaml.safe_dump(data, sort_keys=False))
+
+
+def train_stage(run: Run, stage: StagePlan, settings: Settings, console: Console, *, kill: bool) -> None:
+    """Trains one stage to its end; with `kill`, SIGKILLs it once in the middle and starts it again.
+
+    Raises:
+        UserError: training failed; says why and where its log is.
+    """
+    middle = (stage.start_step + stage.end_step) // 2
+    events = run.folder / "events.jsonl"
+    if kill and not any(e["event"] == "killed" for e in read_lines(events)) and last_step(run, stage.name) < middle:
+        step = launch(run, stage, settings, console, stop_at=middle)
+        append_line(events, {"event": "killed", "stage": stage.name, "step": step, "time": time.time()}, sync=True)
+        console.print(f"  SIGKILL after step {step}; starting again", style="yellow", highlight=False)
+    if finished(run, stage):
+        return
+    launch(run, stage, settings, console)
+    if not finished(run, stage):
+        state = json.loads((run.stage_folder(stage.name) / "state.json").read_text(encoding="utf-8"))
+        log = run.stage_folder(stage.name) / "logs" / "train.log"
+        raise UserError(f"{stage.name} ended in the state '{state['state']}': {state.get('reason')}",
+                        "read the end of the log, then `smol rehearse --resume`", log)  # fmt: skip
+
+
+def finished(run: Run, stage: StagePlan) -> bool:
+    """True if the checkpoint of the stage's last step is complete."""
+    return (run.checkpoints(stage.name) / str(stage.end_step) / "manifest.json").is_file()
+
+
+def last_step(run: Run, stage: str) -> int:
+    """The newest step in the stage's metrics, 0 if there is none."""
+    lines = read_lines(run.stage_folder(stage) / "metrics.jsonl")
+    return int(lines[-1]["step"]) if lines else 0
+
+
+def launch(run: Run, stage: StagePlan, settings: Settings, console: Console, stop_at: int | None = None) -> int:
+    """Starts torchrun and shows its progress until it ends, or kills it at `stop_at`; returns the last step seen."""
+    logs = run.stage_folder(stage.name) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(settings.nproc),
+               "-m", "recipes.train", str(run.folder), stage.name]  # fmt: skip
+    with open(logs / "train.log", "ab") as log, progress(console) as bars:
+        bar = bars.add_task(stage.name, total=stage.steps)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            while process.poll() is None:
+                step = show_step(run, stage, bars, bar)
+                if stop_at is not None and step >= stop_at:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                time.sleep(0.3)
+        except KeyboardInterrupt:
+            console.print("  asking for a checkpoint …")
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            console.print(f"  go on with: smol rehearse --resume {run.folder.name}", highlight=False)
+            raise
+        return show_step(run, stage, bars, bar)
+
+
+def show_step(run: Run, stage: StagePlan, bars: Progress, bar: TaskID) -> int:
+    """Moves the bar to the newest step of the metrics."""
+    lines = read_lines(run.stage_folder(stage.name) / "metrics.jsonl")
+    if not lines:
+        return 0
+    last = lines[-1]
+    description = f"{stage.name} loss {last['loss']:.3f}"
+    bars.update(bar, completed=last["step"] - stage.start_step, description=description)
+    return int(last["step"])
+
+
+def progress(console: Console) -> Progress:
+    """The progress bars of every long step."""
+    columns = TextColumn("  {task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=console)
+
+
+def show_result(run: Run, audits: list[StageAudit], console: Console) -> None:
+    """Prints what the report shows: realised against planned, and the held-out loss by stage."""
+    table = Table(title="realised = planned", title_justify="left")
+    for name in ("stage", "steps", "tokens planned", "tokens realised", ""):
+        table.add_column(name, justify="right" if name.startswith("tokens") else "left")
+    for found in audits:
+        stage = run.plan.stage(found.stage)
+        verdict = "[red]" + "; ".join(found.problems) if found.problems else "[green]equal, in content too"
+        tokens = f"{sum(found.planned.values()):,}", f"{sum(found.realised.values()):,}"
+        table.add_row(found.stage, f"{stage.start_step:,}–{found.end_step:,}", *tokens, verdict)
+    console.print(table)
+    losses = Table(title="held-out loss, nats a token", title_justify="left")
+    for name in ("stage", "domain", "before", "after", ""):
+        losses.add_column(name, justify="right" if name in ("before", "after") else "left")
+    for stage_name, domain, before, after in heldout_losses(run):
+        verdict = "[green]fell" if after < before else "[red]did not fall"
+        losses.add_row(stage_name, domain, f"{before:.3f}", f"{after:.3f}", verdict)
+    console.print(losses)

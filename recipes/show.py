@@ -1,0 +1,90 @@
+"""Recipes and plans as tables for people."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from recipes.plan import Plan, StagePlan
+
+
+def amount(number: float, unit: str = "") -> str:
+    """A number as the field writes it: 5.4T, 75B, 2.1M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.4g}{letter}{unit}"
+    return f"{number:.4g}{unit}"
+
+
+def bytes_of(number: float) -> str:
+    """Bytes with a decimal prefix."""
+    return amount(number).replace("k", " k").replace("M", " M").replace("B", " G").replace("T", " T") + "B"
+
+
+def epochs_of(epochs: float | None) -> str:
+    """Epochs, or ? where the unique tokens are unknown."""
+    return "?" if epochs is None else f"{epochs:.2f}"
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Prints the run, its stages, their sources, families and warnings."""
+    console.print(_overview(plan))
+    console.print(_stages(plan))
+    console.print(_sources(plan))
+    for family in plan.families:
+        names = " + ".join(family.sources)
+        console.print(f"family [bold]{family.name}[/]: {names} = {amount(family.tokens)} of "
+                      f"{amount(family.unique_tokens)} unique, {family.epochs:.2f} epochs")  # fmt: skip
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+
+
+def _overview(plan: Plan) -> Table:
+    table = Table(title=f"{plan.recipe}: the run", show_header=False, title_justify="left")
+    rows = [
+        ("parameters", f"{plan.parameters:,}"),
+        ("steps × tokens a step", f"{plan.steps:,} × {plan.tokens_per_step:,} = {amount(plan.tokens)} tokens"),
+        ("learning rate decays from", f"step {plan.decay_start_step:,}"),
+        ("training FLOPs", f"{plan.flops:.3g}"),
+        ("GPUs, at MFU", f"{plan.gpus}, {plan.mfu:.0%}"),
+        ("GPU-hours, days", f"{plan.gpu_hours:,.0f}, {plan.days:.1f}"),
+        ("cost", f"{plan.cost:,.0f} at {plan.gpu_hour_price:g} a GPU-hour"),
+        ("checkpoints", f"{plan.checkpoints:,} of {bytes_of(plan.checkpoint_bytes)}, {plan.checkpoints_kept} kept "
+                        f"= {bytes_of(plan.checkpoints_kept * plan.checkpoint_bytes)}"),
+        ("tokenised data", f"{bytes_of(plan.dataset_bytes)} (sources of known size)"),
+    ]  # fmt: skip
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _stages(plan: Plan) -> Table:
+    table = Table(title="stages", title_justify="left")
+    for name in ("stage", "start step", "end step", "tokens", "sequence", "lr first", "lr last", "GPU-hours"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage in plan.stages + plan.branches:
+        name = f"{stage.name} (leaves {stage.branch})" if stage.branch else stage.name
+        steps = f"{stage.start_step:,}", f"{stage.end_step:,}"
+        rates = f"{stage.start_lr:.3g}", f"{stage.end_lr:.3g}"
+        table.add_row(name, *steps, amount(stage.tokens), str(stage.sequence_length), *rates, f"{stage.gpu_hours:,.0f}")
+    return table
+
+
+def _sources(plan: Plan) -> Table:
+    table = Table(title="sources", title_justify="left")
+    for name in ("stage", "domain", "source", "share %", "samples", "tokens", "epochs", "epochs so far"):
+        table.add_column(name, justify="left" if name in ("stage", "domain", "source") else "right")
+    for stage in plan.stages + plan.branches:
+        for row in _source_rows(stage):
+            table.add_row(*row)
+        table.add_section()
+    return table
+
+
+def _source_rows(stage: StagePlan) -> list[tuple[str, ...]]:
+    rows = []
+    for i, use in enumerate(stage.sources):
+        numbers = f"{float(use.share * 100):.4g}", f"{use.samples:,}", amount(use.tokens)
+        rows.append((stage.name if i == 0 else "", use.domain, use.name, *numbers,
+                     epochs_of(use.epochs), epochs_of(use.epochs_run)))  # fmt: skip
+    return rows
