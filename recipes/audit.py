@@ -89,7 +89,8 @@ def _digests(run: Run, stage: StagePlan, lines: list[dict[str, int | str]]) -> I
         first, last = (int(line[key]) - stage.start_step for key in ("from_step", "to_step"))
         digest = digest_of(dataset, first * stage.samples_per_step, last * stage.samples_per_step)
         if digest != line["digest"]:
-            yield f"{stage.name}: the tokens fed in steps {line['from_step']}–{line['to_step']} are not the planned ones"
+            span = f"steps {line['from_step']}–{line['to_step']}"
+            yield f"{stage.name}: the tokens fed in {span} are not the planned ones"
 
 
 def digest_of(dataset: MixtureDataset, first: int, end: int) -> str:

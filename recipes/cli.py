@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from recipes.errors import UserError
 
@@ -27,7 +28,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        Console(stderr=True, soft_wrap=True).print("[bold red]error:[/]", escape(str(error)), highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; nothing half-written counts", file=sys.stderr)
@@ -49,7 +50,7 @@ def lint(recipe: Annotated[str | None, typer.Argument(help="A recipe; all of the
         findings = check(loaded)
         for finding in findings:
             colour = "red" if finding.level == "error" else "yellow"
-            Console(soft_wrap=True).print(f"[{colour}]{finding.level}:[/] {finding}", highlight=False)
+            Console(soft_wrap=True).print(f"[{colour}]{finding.level}:[/]", escape(str(finding)), highlight=False)
         errors += (bad := sum(f.level == "error" for f in findings))
         print(f"{loaded.name}: {bad} errors, {len(findings) - bad} warnings")
     if errors:
@@ -69,7 +70,7 @@ def plan(
     """
     from recipes.lint import checked_plan
     from recipes.loader import load
-    from recipes.show import show_plan
+    from recipes.show import show_plan, wide_console
 
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu:g} is no share", "write a number above 0 and at most 1, such as 0.4")
@@ -79,4 +80,8 @@ def plan(
     if as_json:
         print(json.dumps(worked_out.as_dict(), indent=2))
     else:
-        show_plan(worked_out, Console())
+        show_plan(worked_out, wide_console())
+
+
+if __name__ == "__main__":
+    main()

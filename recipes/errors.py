@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 
+def shown(path: Path | str) -> str:
+    """A path as a message shows it: relative where it lies below the current folder."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 class UserError(ValueError):
     """Wrong input: where it is, what was found, and what to write or do instead."""
 
     def __init__(self, found: str, fix: str, file: Path | str | None = None, where: str | None = None) -> None:
         """`where` is a key path or a line inside `file`; `found` and `fix` are sentences without a final stop."""
         self.found, self.fix, self.file, self.where = found, fix, file, where
-        place = ": ".join(str(part) for part in (file, where) if part is not None)
-        super().__init__(f"{place + ': ' if place else ''}{found}. {fix}.")
+        place = ": ".join(part for part in (file and shown(file), where) if part)
+        super().__init__(f"{place + ': ' if place else ''}{found}. {fix[:1].upper()}{fix[1:]}.")

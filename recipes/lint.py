@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from recipes.errors import UserError
+from recipes.errors import UserError, shown
 from recipes.plan import REPETITION_LIMIT, Plan, StagePlan, learning_rate, make_plan
 from recipes.recipe import Recipe
 
@@ -23,7 +23,7 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.text}"
+        return f"{shown(self.file)}: {self.text}"
 
 
 def lint(recipe: Recipe) -> list[Finding]:
@@ -168,11 +168,11 @@ def _repetition(recipe: Recipe, plan: Plan) -> Iterator[Finding]:
     over = f"above {REPETITION_LIMIT} epochs"
     for use in last.values():
         if use.epochs_run is not None and use.epochs_run > REPETITION_LIMIT:
-            text = f"{use.name} is repeated {use.epochs_run:.1f} times over the run, {over}"
+            text = f"{use.name} is repeated {use.epochs_run:.2f} times over the run, {over}"
             yield Finding("warning", files[use.name], text)
     for family in plan.families:
         if len(family.sources) > 1 and family.epochs > REPETITION_LIMIT:
-            text = f"the family {family.name} ({', '.join(family.sources)}) comes to {family.epochs:.1f} epochs, {over}"
+            text = f"the family {family.name} ({', '.join(family.sources)}) comes to {family.epochs:.2f} epochs, {over}"
             yield Finding("warning", files[family.sources[-1]], text)
     if unknown := [use.name for use in last.values() if use.epochs_run is None]:
         text = f"repetition not checked where the unique tokens are unknown: {', '.join(unknown)}"

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from recipes.data.interleave import MAX_PERIOD
 from recipes.errors import UserError
 from recipes.recipe import (
     Batch,
@@ -33,9 +34,6 @@ from recipes.recipe import (
     decimal,
 )
 from recipes.yamlfile import Key, Places, YamlFile, places_of, read_yaml, typed, typed_error
-
-MAX_PERIOD = 1 << 20
-"""Longest pattern of samples that a mixture may need: its shares' common denominator (see interleave.py)."""
 
 
 class _StageFile(Strict):

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from recipes.plan import Plan, StagePlan
+
+
+def wide_console() -> Console:
+    """A console of at least 100 columns, which is what the tables need."""
+    console = Console()
+    return console if console.width >= 100 else Console(width=100)
 
 
 def amount(number: float, unit: str = "") -> str:
@@ -34,13 +41,13 @@ def show_plan(plan: Plan, console: Console) -> None:
     for family in plan.families:
         names = " + ".join(family.sources)
         console.print(f"family [bold]{family.name}[/]: {names} = {amount(family.tokens)} of "
-                      f"{amount(family.unique_tokens)} unique, {family.epochs:.2f} epochs")  # fmt: skip
+                      f"{amount(family.unique_tokens)} unique, {family.epochs:.2f} epochs", soft_wrap=True)  # fmt: skip
     for warning in plan.warnings:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
 
 
 def _overview(plan: Plan) -> Table:
-    table = Table(title=f"{plan.recipe}: the run", show_header=False, title_justify="left")
+    table = Table(title=f"{plan.recipe}: the run", show_header=False, title_justify="left", box=SIMPLE_HEAD)
     rows = [
         ("parameters", f"{plan.parameters:,}"),
         ("steps × tokens a step", f"{plan.steps:,} × {plan.tokens_per_step:,} = {amount(plan.tokens)} tokens"),
@@ -48,7 +55,7 @@ def _overview(plan: Plan) -> Table:
         ("training FLOPs", f"{plan.flops:.3g}"),
         ("GPUs, at MFU", f"{plan.gpus}, {plan.mfu:.0%}"),
         ("GPU-hours, days", f"{plan.gpu_hours:,.0f}, {plan.days:.1f}"),
-        ("cost", f"{plan.cost:,.0f} at {plan.gpu_hour_price:g} a GPU-hour"),
+        ("cost", f"${plan.cost:,.0f} at ${plan.gpu_hour_price:.2f} a GPU-hour"),
         ("checkpoints", f"{plan.checkpoints:,} of {bytes_of(plan.checkpoint_bytes)}, {plan.checkpoints_kept} kept "
                         f"= {bytes_of(plan.checkpoints_kept * plan.checkpoint_bytes)}"),
         ("tokenised data", f"{bytes_of(plan.dataset_bytes)} (sources of known size)"),
@@ -59,21 +66,26 @@ def _overview(plan: Plan) -> Table:
 
 
 def _stages(plan: Plan) -> Table:
-    table = Table(title="stages", title_justify="left")
-    for name in ("stage", "start step", "end step", "tokens", "sequence", "lr first", "lr last", "GPU-hours"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
+    table = _numbers("stages", 1, "stage", "start step", "end step", "tokens", "seq", "lr first", "lr last",
+                     "GPU-hours")  # fmt: skip
     for stage in plan.stages + plan.branches:
-        name = f"{stage.name} (leaves {stage.branch})" if stage.branch else stage.name
+        name = f"{stage.name} < {stage.branch}" if stage.branch else stage.name
         steps = f"{stage.start_step:,}", f"{stage.end_step:,}"
         rates = f"{stage.start_lr:.3g}", f"{stage.end_lr:.3g}"
         table.add_row(name, *steps, amount(stage.tokens), str(stage.sequence_length), *rates, f"{stage.gpu_hours:,.0f}")
     return table
 
 
+def _numbers(title: str, words: int, *columns: str) -> Table:
+    """A table whose first `words` columns are words and the others numbers."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < words else "right", no_wrap=True)
+    return table
+
+
 def _sources(plan: Plan) -> Table:
-    table = Table(title="sources", title_justify="left")
-    for name in ("stage", "domain", "source", "share %", "samples", "tokens", "epochs", "epochs so far"):
-        table.add_column(name, justify="left" if name in ("stage", "domain", "source") else "right")
+    table = _numbers("sources", 3, "stage", "domain", "source", "share %", "samples", "tokens", "epochs", "so far")
     for stage in plan.stages + plan.branches:
         for row in _source_rows(stage):
             table.add_row(*row)

@@ -150,7 +150,8 @@ def typed(kind: type[Any], raw: dict[str, Any], places: Places) -> Any:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key is both unknown and missing: the first says more.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         key = tuple(first["loc"])
         raise typed_error(places, key, *_explain(kind, key, first)) from None
 
