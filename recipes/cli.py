@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -81,6 +82,124 @@ def plan(
         print(json.dumps(worked_out.as_dict(), indent=2))
     else:
         show_plan(worked_out, wide_console())
+
+
+RunArgument = Annotated[str, typer.Argument(help="A run's folder, or its name below runs/.")]
+
+
+@app.command()
+def tokenize(
+    data: Annotated[str, typer.Argument(help="Folder of parquet or JSONL files, or hf://datasets/<id>/<folder>.")],
+    out: Annotated[Path, typer.Argument(help="Where the tokenised folder goes; its name is the source's.")],
+    tokenizer: Annotated[str, typer.Option(help="A tokenizer.json, its folder, or a Hub id.")],
+    text: Annotated[str, typer.Option(help="Column of the text; a list of texts is joined.")] = "text",
+    end_of_text: Annotated[str, typer.Option(help="Token that ends every document.")] = "<|endoftext|>",
+    workers: Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on them.")] = 1,
+) -> None:
+    """Turn documents into token files and a manifest. Interrupted, it goes on where it was.
+
+    Example: smol tokenize downloads/open-web-math data/open-web-math --tokenizer HuggingFaceTB/cosmo2-tokenizer
+    """
+    from recipes.data.tokenize import resolve_tokenizer
+    from recipes.data.tokenize import tokenize as run
+    from recipes.show import amount, bytes_of
+
+    path = resolve_tokenizer(tokenizer)
+    made = run(out.name, data, out, path, end_of_text, text=text, workers=workers)
+    size = made.tokens * made.token_bytes
+    print(f"{out}: {made.documents:,} documents, {amount(made.tokens)} tokens, {bytes_of(size)}")
+
+
+@app.command()
+def verify(folders: Annotated[list[Path], typer.Argument(help="Tokenised folders or checkpoints.")]) -> None:
+    """Compare every byte of tokenised folders and checkpoints with their manifests.
+
+    Exit code 0: all agree; 2: the first difference is named.   Example: smol verify data/* runs/x/stage1/checkpoints/*
+    """
+    from recipes.data.manifest import Manifest
+    from recipes.engine.checkpoint import CheckpointManifest
+
+    for folder in folders:
+        kind = CheckpointManifest if (folder / "model_config.json").exists() else Manifest
+        kind.load(folder).verify(checksums=True)
+        print(f"{folder}: whole")
+
+
+@app.command()
+def audit(
+    run: RunArgument,
+    digests: Annotated[bool, typer.Option(help="Read every sample again and compare its content.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Prove that the data seen is the data planned, to the token.
+
+    Exit code 0: equal; 1: not.   Example: smol audit rehearsal-smollm2-1.7b-1 --digests
+    """
+    from dataclasses import asdict
+
+    from recipes.audit import audit as check
+    from recipes.run import Run
+    from recipes.show import show_audits, wide_console
+
+    opened = Run.load(run)
+    audits = check(opened, digests=digests)
+    if as_json:
+        print(json.dumps([asdict(a) for a in audits], indent=2))
+    else:
+        show_audits(opened.plan, audits, wide_console())
+    raise typer.Exit(any(a.problems for a in audits))
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write a run's report.html again.
+
+    Example: smol report rehearsal-smollm2-1.7b-1
+    """
+    from recipes.audit import audit as check
+    from recipes.report import write_report
+    from recipes.run import Run
+
+    opened = Run.load(run)
+    print(write_report(opened, check(opened)))
+
+
+@app.command()
+def rehearse(
+    recipe: RecipeArgument = "smollm2-1.7b",
+    minutes: Annotated[float, typer.Option(help="About how long it takes on two cores; sets the tokens.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the corpora, the weights and the data's order.")] = 42,
+    nproc: Annotated[int, typer.Option(help="Data-parallel processes: 1, 2, 4, 8 or 16.")] = 2,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the corpora and all checkpoints.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the newest rehearsal, or with the one named.")
+    ] = False,
+) -> None:
+    """Run the whole recipe, small, on this machine: data, four stages, a kill, a resume, an audit, a report.
+
+    Exit code 0: the data seen is the data planned and every held-out loss fell; 1: not; 2: see the message.
+
+    Example: smol rehearse --minutes 5;   after Ctrl-C: smol rehearse --resume
+    """
+    from recipes.rehearse import Settings, resumable
+    from recipes.rehearse import rehearse as run
+    from recipes.show import wide_console
+
+    folder, settings = None, Settings(recipe, minutes, seed, nproc, keep)
+    if resume:
+        folder, settings = resumable(None if recipe == "smollm2-1.7b" else recipe)
+    raise typer.Exit(0 if run(settings, wide_console(), folder) else 1)
+
+
+@bench.command()
+def data(json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None) -> None:
+    """Measure the data plan beside an index that is built up front.
+
+    Example: smol bench data --json bench.json
+    """
+    from recipes.bench import bench_data
+
+    bench_data(json_path)
 
 
 if __name__ == "__main__":

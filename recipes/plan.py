@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -58,13 +58,17 @@ class SourceUse:
 
 @dataclass(frozen=True)
 class FamilyUse:
-    """What the run takes from sources that overlap, against the unique tokens of the largest."""
+    """What is taken from sources that overlap, against the unique tokens of the largest."""
 
     name: str
     sources: tuple[str, ...]
+    """Those that are read."""
+    samples: int
     tokens: int
     unique_tokens: int
     epochs: float
+    epochs_run: float
+    """From the run's beginning to the stage's end."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class StagePlan:
     kept_steps: tuple[int, ...]
     """Steps whose checkpoints must be written and are never pruned: branch points and the end."""
     sources: tuple[SourceUse, ...]
+    families: tuple[FamilyUse, ...]
 
     @property
     def steps(self) -> int:
@@ -194,7 +199,8 @@ def make_plan(
         checkpoint_bytes=STATE_BYTES_PER_PARAMETER * recipe.model.parameters,
         checkpoints_kept=len(kept) + recipe.checkpoints.keep_last,
         dataset_bytes=_dataset_bytes(recipe, main), stages=stages, branches=branches,
-        families=_families(recipe.sources, main), warnings=tuple(warnings),
+        families=_families(recipe.sources, [use for s in stages for use in s.sources], main),
+        warnings=tuple(warnings),
     )  # fmt: skip
 
 
@@ -214,18 +220,19 @@ class _Carry:
         """The state at the step where `stage` leaves the main line."""
         carry = _Carry(self.recipe)
         for plan in stages:
-            carry.take(plan, min(plan.end_step, stage.start_step))
+            samples = (min(plan.end_step, stage.start_step) - plan.start_step) * plan.samples_per_step
+            counts = Interleave(plan.shares).counts(samples).tolist()
+            tokens = [count * plan.sequence_length for count in counts]
+            carry.take(replace(use, tokens=n) for use, n in zip(plan.sources, tokens, strict=True))
             if plan.name == stage.branch:
                 break
         return carry
 
-    def take(self, plan: StagePlan, end_step: int) -> None:
-        """Moves on by what `plan` reads up to `end_step`."""
-        samples = (end_step - plan.start_step) * plan.samples_per_step
-        counts = Interleave(plan.shares).counts(samples)
-        for use, count in zip(plan.sources, counts.tolist(), strict=True):
-            self.offset[use.name] = use.offset + count * plan.sequence_length
-            self.used[use.name] += count * plan.sequence_length
+    def take(self, uses: Iterable[SourceUse]) -> None:
+        """Moves on by what a stage reads."""
+        for use in uses:
+            self.offset[use.name] = use.offset + use.tokens
+            self.used[use.name] += use.tokens
 
 
 def _stage_plan(recipe: Recipe, stage: Stage, carry: _Carry, flops_per_second: float) -> StagePlan:
@@ -236,8 +243,9 @@ def _stage_plan(recipe: Recipe, stage: Stage, carry: _Carry, flops_per_second: f
     counts = dict(zip(shares, Interleave(shares).counts(samples).tolist(), strict=True))
     seconds = flops_per_token(recipe.model, stage.sequence_length) * tokens / flops_per_second
     uses = tuple(_use(recipe, stage, carry, name, counts[name]) for name in shares)
+    carry.take(uses)
     branch_points = {b.start_step for b in recipe.branches if b.branch == stage.name}
-    plan = StagePlan(
+    return StagePlan(
         name=stage.name, branch=stage.branch, start_step=stage.start_step, end_step=stage.end_step,
         sequence_length=stage.sequence_length, micro_batch=stage.micro_batch, accumulation=stage.accumulation,
         rope_theta=stage.rope_theta, schedule=stage.schedule, samples_per_step=samples_per_step, samples=samples,
@@ -245,9 +253,8 @@ def _stage_plan(recipe: Recipe, stage: Stage, carry: _Carry, flops_per_second: f
         end_lr=learning_rate(stage.schedule, stage.end_step),
         gpu_hours=seconds / 3600 * recipe.parallelism.gpus,
         kept_steps=tuple(sorted(branch_points | {stage.end_step})), sources=uses,
+        families=_families(recipe.sources, uses, carry.used),
     )  # fmt: skip
-    carry.take(plan, stage.end_step)
-    return plan
 
 
 def _use(recipe: Recipe, stage: Stage, carry: _Carry, name: str, samples: int) -> SourceUse:
@@ -260,18 +267,25 @@ def _use(recipe: Recipe, stage: Stage, carry: _Carry, name: str, samples: int) -
     )  # fmt: skip
 
 
-def _families(sources: dict[str, Source], used: dict[str, int]) -> tuple[FamilyUse, ...]:
-    """Families of which the run reads something; unknown sizes count as none, the largest member as the whole."""
-    members: dict[str, list[str]] = defaultdict(list)
-    for name, source in sources.items():
-        if source.family:
-            members[source.family].append(name)
+def _families(sources: dict[str, Source], uses: Iterable[SourceUse], used: dict[str, int]) -> tuple[FamilyUse, ...]:
+    """The families of which `uses` read something; where no size is known there is nothing to count.
+
+    Args:
+        used: tokens by source from the run's beginning, these uses included.
+    """
+    reading: dict[str, list[SourceUse]] = defaultdict(list)
+    for use in uses:
+        if family := sources[use.name].family:
+            reading[family].append(use)
     result = []
-    for family, names in members.items():
-        tokens, unique = sum(used.get(n, 0) for n in names), max(sources[n].tokens or 0 for n in names)
-        if tokens and unique:
-            read = tuple(n for n in names if used.get(n))
-            result.append(FamilyUse(family, read, tokens, unique, tokens / unique))
+    for family, members in reading.items():
+        all_members = [name for name, source in sources.items() if source.family == family]
+        unique = max(sources[name].tokens or 0 for name in all_members)
+        if unique:
+            tokens, total = sum(use.tokens for use in members), sum(used.get(name, 0) for name in all_members)
+            names = tuple(dict.fromkeys(use.name for use in members))
+            samples = sum(use.samples for use in members)
+            result.append(FamilyUse(family, names, samples, tokens, unique, tokens / unique, total / unique))
     return tuple(result)
 
 

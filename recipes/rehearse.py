@@ -28,6 +28,7 @@ from recipes.plan import StagePlan
 from recipes.recipe import Recipe
 from recipes.report import heldout_losses, write_report
 from recipes.run import RUN_FILE, TOKENIZER, Run, freeze, runs_folder
+from recipes.show import show_audits
 
 TOKENS_PER_MINUTE = 240_000
 """Training tokens for each minute of `--minutes`: a constant, so that the same arguments give the same run on any
@@ -267,19 +268,11 @@ def progress(console: Console) -> Progress:
 
 def show_result(run: Run, audits: list[StageAudit], console: Console) -> None:
     """Prints what the report shows: realised against planned, and the held-out loss by stage."""
-    table = Table(title="realised = planned", title_justify="left")
-    for name in ("stage", "steps", "tokens planned", "tokens realised", ""):
-        table.add_column(name, justify="right" if name.startswith("tokens") else "left")
-    for found in audits:
-        stage = run.plan.stage(found.stage)
-        verdict = "[red]" + "; ".join(found.problems) if found.problems else "[green]equal, in content too"
-        tokens = f"{sum(found.planned.values()):,}", f"{sum(found.realised.values()):,}"
-        table.add_row(found.stage, f"{stage.start_step:,}–{found.end_step:,}", *tokens, verdict)
-    console.print(table)
-    losses = Table(title="held-out loss, nats a token", title_justify="left")
+    show_audits(run.plan, audits, console)
+    table = Table(title="held-out loss, nats a token", title_justify="left")
     for name in ("stage", "domain", "before", "after", ""):
-        losses.add_column(name, justify="right" if name in ("before", "after") else "left")
-    for stage_name, domain, before, after in heldout_losses(run):
+        table.add_column(name, justify="right" if name in ("before", "after") else "left")
+    for stage, domain, before, after in heldout_losses(run):
         verdict = "[green]fell" if after < before else "[red]did not fall"
-        losses.add_row(stage_name, domain, f"{before:.3f}", f"{after:.3f}", verdict)
-    console.print(losses)
+        table.add_row(stage, domain, f"{before:.3f}", f"{after:.3f}", verdict)
+    console.print(table)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from recipes.plan import Plan, StagePlan
+
+if TYPE_CHECKING:
+    from recipes.audit import StageAudit
 
 
 def wide_console() -> Console:
@@ -38,10 +43,6 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print(_overview(plan))
     console.print(_stages(plan))
     console.print(_sources(plan))
-    for family in plan.families:
-        names = " + ".join(family.sources)
-        console.print(f"family [bold]{family.name}[/]: {names} = {amount(family.tokens)} of "
-                      f"{amount(family.unique_tokens)} unique, {family.epochs:.2f} epochs", soft_wrap=True)  # fmt: skip
     for warning in plan.warnings:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
 
@@ -99,4 +100,25 @@ def _source_rows(stage: StagePlan) -> list[tuple[str, ...]]:
         numbers = f"{float(use.share * 100):.4g}", f"{use.samples:,}", amount(use.tokens)
         rows.append((stage.name if i == 0 else "", use.domain, use.name, *numbers,
                      epochs_of(use.epochs), epochs_of(use.epochs_run)))  # fmt: skip
+    for family in stage.families:
+        if family.epochs_run > max(use.epochs_run or 0 for use in stage.sources if use.name in family.sources):
+            numbers = (
+                f"{family.samples:,}",
+                amount(family.tokens),
+                epochs_of(family.epochs),
+                epochs_of(family.epochs_run),
+            )
+            rows.append(("", "[dim]family", f"[dim]{family.name}", "", *(f"[dim]{n}" for n in numbers)))
     return rows
+
+
+def show_audits(plan: Plan, audits: list[StageAudit], console: Console) -> None:
+    """Prints realised against planned tokens by stage, and what differs."""
+    table = _numbers("realised = planned", 2, "stage", "verdict", "steps", "tokens planned", "tokens realised")
+    for found in audits:
+        verdict = "[red]differs" if found.problems else "[green]equal" if found.complete else "[yellow]equal so far"
+        tokens = f"{sum(found.planned.values()):,}", f"{sum(found.realised.values()):,}"
+        table.add_row(found.stage, verdict, f"{plan.stage(found.stage).start_step:,}–{found.end_step:,}", *tokens)
+    console.print(table)
+    for text in (text for found in audits for text in found.problems):
+        console.print(f"[red]{text}", highlight=False, soft_wrap=True)
