@@ -15,6 +15,7 @@ from recipes.loader import load
 BASE = "smollm2-1.7b"
 STAGE2 = "mixtures/smollm2-1.7b/stage2.yaml"
 RECIPE = "stages/smollm2-1.7b/recipe.yaml"
+BRANCH = "stages/smollm2-1.7b/long-context.yaml"
 END1, END2 = "stages/smollm2-1.7b/stage1.yaml", "stages/smollm2-1.7b/stage2.yaml"
 
 
@@ -41,7 +42,7 @@ BAD = {
     "two ends": (END2, "end_tokens: 8T", "end_tokens: 8T\nend_step: 5", ["one of end_tokens and end_step"]),
     "no unit": (END2, "end_tokens: 8T", "end_tokens: 8X", ["end_tokens", "'8X'", "75B or 1.3T"]),
     "syntax": (STAGE2, "domains:", "domains: [", ["stage2.yaml: line", "not valid YAML"]),
-    "object": (STAGE2, "share: 0.75", "share: !!python/name:os.system", ["stage2.yaml: line", "!!python/name", "object"]),
+    "object": (STAGE2, "share: 0.75", "share: !!python/name:os.system", ["line", "!!python/name", "object"]),
     "own tag": (STAGE2, "share: 0.75", "share: !secret x", ["line", "!secret", "plain values only"]),
     "duplicate": (STAGE2, "dclm: 0.40", "fineweb-edu: 0.40", ["line 7", "'fineweb-edu'", "twice", "line 6"]),
     "alias": (STAGE2, "share: 0.75", "share: &a 0.75\n    x: *a", ["alias", "Write the value out"]),
@@ -53,7 +54,7 @@ BAD = {
     "missing stage": (RECIPE, "[stage1,", "[stage0,", ["stage0.yaml", "no such file", "stage1.yaml"]),
     "extends itself": (RECIPE, "seed: 42", "seed: 42\nextends: smollm2-1.7b", ["extends", "cannot be extended"]),
     "scale alone": (RECIPE, "seed: 42", "seed: 42\nscale: 1/5", ["scale", "extends"]),
-    "branch of nothing": ("stages/smollm2-1.7b/long-context.yaml", "stage: stage4", "stage: stage5", ["stage5", "stage4"]),
+    "branch of nothing": (BRANCH, "stage: stage4", "stage: stage5", ["stage5", "stage4"]),
 }  # fmt: skip
 
 

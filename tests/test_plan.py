@@ -64,7 +64,10 @@ def test_published_tokens_and_epochs_by_source(big: Plan) -> None:
     assert {n: tuple(int(s * 100) for s in d.values()) for n, d in domains.items()} == published
 
 
-@pytest.mark.parametrize(("name", "tokens", "steps"), [("smollm2-360m", 4.09e12, 2_600_000), ("smollm2-135m", 2.10e12, 2_000_000)])  # fmt: skip
+SMALL = [("smollm2-360m", 4.09e12, 2_600_000), ("smollm2-135m", 2.10e12, 2_000_000)]
+
+
+@pytest.mark.parametrize(("name", "tokens", "steps"), SMALL)
 def test_small_models(name: str, tokens: float, steps: int) -> None:
     plan = checked_plan(load(name, ROOT))
     assert (plan.steps, plan.tokens) == (steps, pytest.approx(tokens, rel=0.003))

@@ -16,7 +16,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -181,7 +181,7 @@ def _init_rotary_embeddings(self: Any) -> None:
 class _BufferedSend:
     """A send that is done at once: NCCL's small ones are, 1F1B leans on it and deadlocks on gloo's."""
 
-    pending: list[tuple[Any, Tensor]] = []
+    pending: ClassVar[list[tuple[Any, Tensor]]] = []
 
     def __init__(self, tensor: Tensor, *args: Any, **kwargs: Any) -> None:
         self.pending[:] = [(work, copy) for work, copy in self.pending if not work.is_completed()]
