@@ -207,7 +207,7 @@ def check_mixture(file: YamlFile, registry: dict[str, Source]) -> Mixture:
 
 def _check_sum(what: str, shares: Iterable[Fraction], places: Places, key: Key) -> None:
     shares = list(shares)
-    if (total := sum(shares)) != 1:
+    if (total := sum(shares, Fraction(0))) != 1:
         fix = f"change one by {decimal(1 - total, signed=True)} so that they sum to exactly 1; nothing is normalised"
         raise typed_error(places, key, f"{what} sum to {decimal(total)}", fix)
 
@@ -309,5 +309,5 @@ def _tokens_per_step(base: list[YamlFile], overlay: YamlFile) -> int:
         raise typed_error(places_of(overlay), ("scale",), "scale without a recipe to scale", fix)
     raw, places = _merge(base)
     inside = {key[1:]: place for key, place in places.items() if key[:1] in ((), ("batch",))}
-    batch: Batch = typed(Batch, raw.get("batch", {}), inside)
+    batch = typed(Batch, raw.get("batch", {}), inside)
     return batch.tokens_per_step

@@ -162,7 +162,7 @@ def write_overlay(settings: Settings, base: Recipe, folder: Path, manifests: dic
     micro_batch = min(MICRO_BATCH, SEQUENCES_PER_STEP // settings.nproc)
     heads = MODEL["hidden"] // HEAD_DIM
     kv_heads = max(1, heads * base.model.kv_heads // base.model.heads)
-    overlay = {
+    overlay: dict[str, Any] = {
         "name": overlay_name(base), "extends": base.name, "scale": f"{tokens}/{total}", "seed": settings.seed,
         "model": MODEL | {"heads": heads, "kv_heads": kv_heads},
         "tokenizer": {"name": "tokenizer.json", "vocab_size": VOCAB_SIZE},

@@ -91,13 +91,18 @@ class Run:
         """The tokenizer.json that the run's data must have been made with."""
         return self.folder / TOKENIZER
 
+    @property
+    def data_folder(self) -> Path:
+        """Where the tokenised folders are."""
+        return self.folder / str(self.settings["data"])
+
     def data(self, source: str) -> Path:
         """A source's tokenised folder."""
-        return self.folder / self.settings["data"] / source
+        return self.data_folder / source
 
     def heldout(self, domain: str) -> Path:
         """The tokenised held-out text of a domain; absent if there is none."""
-        return self.folder / self.settings["data"] / "heldout" / domain
+        return self.data_folder / "heldout" / domain
 
     def stage_folder(self, stage: str) -> Path:
         """Where a stage's config, logs, metrics, ledger and checkpoints are."""

@@ -95,20 +95,15 @@ def _sources(plan: Plan) -> Table:
 
 
 def _source_rows(stage: StagePlan) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for i, use in enumerate(stage.sources):
-        numbers = f"{float(use.share * 100):.4g}", f"{use.samples:,}", amount(use.tokens)
-        rows.append((stage.name if i == 0 else "", use.domain, use.name, *numbers,
-                     epochs_of(use.epochs), epochs_of(use.epochs_run)))  # fmt: skip
+        share = f"{float(use.share * 100):.4g}"
+        first, epochs = stage.name if i == 0 else "", (epochs_of(use.epochs), epochs_of(use.epochs_run))
+        rows.append((first, use.domain, use.name, share, f"{use.samples:,}", amount(use.tokens), *epochs))
     for family in stage.families:
         if family.epochs_run > max(use.epochs_run or 0 for use in stage.sources if use.name in family.sources):
-            numbers = (
-                f"{family.samples:,}",
-                amount(family.tokens),
-                epochs_of(family.epochs),
-                epochs_of(family.epochs_run),
-            )
-            rows.append(("", "[dim]family", f"[dim]{family.name}", "", *(f"[dim]{n}" for n in numbers)))
+            epochs = epochs_of(family.epochs), epochs_of(family.epochs_run)
+            rows.append(("", "family", family.name, "", f"{family.samples:,}", amount(family.tokens), *epochs))
     return rows
 
 

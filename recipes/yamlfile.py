@@ -7,13 +7,14 @@ import re
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from recipes.errors import UserError
 
+M = TypeVar("M", bound=BaseModel)
 Key = tuple[str | int, ...]
 """Where a value sits: the keys and list positions from the top of the file."""
 
@@ -145,7 +146,7 @@ def typed_error(places: Places, key: Key, found: str, fix: str) -> UserError:
     return UserError(found, fix, f"{file}:{line}" if line else file, name or None)
 
 
-def typed(kind: type[Any], raw: dict[str, Any], places: Places) -> Any:
+def typed(kind: type[M], raw: dict[str, Any], places: Places) -> M:
     """`raw` as a `kind`, or a UserError for the first thing that does not fit."""
     try:
         return kind.model_validate(raw)

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import recipes.engine.compat
+import recipes.engine.compat  # noqa: F401  before nanotron
 
 # isort: split
 import nanotron.models.llama as llama
