@@ -30,7 +30,7 @@ from recipes.report import heldout_losses, write_report
 from recipes.run import RUN_FILE, TOKENIZER, Run, freeze, runs_folder
 from recipes.show import show_audits
 
-TOKENS_PER_MINUTE = 240_000
+TOKENS_PER_MINUTE = 200_000
 """Training tokens for each minute of `--minutes`: a constant, so that the same arguments give the same run on any
 machine. Chosen for two cores, of whose ten minutes training gets about half."""
 SEQUENCE_LENGTH, MICRO_BATCH, SEQUENCES_PER_STEP = 256, 8, 16
@@ -66,9 +66,10 @@ def rehearse(settings: Settings, console: Console, folder: Path | None = None) -
         KeyboardInterrupt: after a checkpoint was asked for; the run can be resumed.
     """
     started = time.time()
-    folder = folder or new_folder(settings.recipe)
-    write_json(folder / "rehearsal.json", asdict(settings))
+    check(settings)
     base = load(settings.recipe)
+    folder = folder or new_folder(base.name)
+    write_json(folder / "rehearsal.json", asdict(settings))
     run = prepare(settings, base, folder, console)
     for number, stage in enumerate(run.plan.stages):
         train_stage(run, stage, settings, console, kill=number == min(1, len(run.plan.stages) - 1))
@@ -82,10 +83,19 @@ def rehearse(settings: Settings, console: Console, folder: Path | None = None) -
     )
 
 
+def check(settings: Settings) -> None:
+    """Raises UserError for settings that make no rehearsal."""
+    if not settings.minutes > 0:
+        raise UserError(f"--minutes {settings.minutes:g} leaves no time", "write a number above 0, such as 10")
+    if settings.nproc < 1 or SEQUENCES_PER_STEP % settings.nproc:
+        fix = f"write a divisor of {SEQUENCES_PER_STEP}, the sequences of a step"
+        raise UserError(f"--nproc {settings.nproc} does not divide the batch", fix)
+
+
 def new_folder(recipe: str) -> Path:
     """A folder for a new rehearsal, numbered after those there are."""
     runs = runs_folder()
-    stem = f"rehearsal-{Path(recipe).name}"
+    stem = f"rehearsal-{recipe}"
     number = next(n for n in range(1, 10_000) if not (runs / f"{stem}-{n}").exists())
     folder = runs / f"{stem}-{number}"
     folder.mkdir(parents=True)

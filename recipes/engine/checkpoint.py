@@ -22,6 +22,8 @@ from recipes.recipe import Recipe
 from recipes.run import Run
 
 MANIFEST = "manifest.json"
+DAMAGED = ".damaged"
+"""Suffix of checkpoints that did not verify when a newer start passed them over."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,17 @@ class Start:
 
 
 def find_start(run: Run, stage: StagePlan, topology: Topology) -> Start:
-    """The stage's own newest checkpoint that verifies, else the one of the stage before, else none.
+    """The stage's own newest checkpoint that verifies; the last one of the stage before if the stage has none.
 
     Raises:
-        UserError: the stage before has not got that far, its checkpoint is damaged, or `topology` cannot resume it.
+        UserError: the stage has checkpoints but none verifies; the stage before has not got that far, or its
+            checkpoint is damaged; `topology` cannot resume it.
     """
     own, passed_over = latest(run.checkpoints(stage.name))
+    if own is None and passed_over:
+        found = f"none of {stage.name}'s {len(passed_over)} checkpoints is whole; the newest: {passed_over[0][1]}"
+        fix = "restore one, or delete the folder to train the stage from its start"
+        raise UserError(found, fix, run.checkpoints(stage.name))
     checkpoint = own or _from_before(run, stage)
     if checkpoint is not None:
         checkpoint.refuse(topology)
@@ -166,7 +173,7 @@ def partial_folder(folder: Path, step: int) -> Path:
 
 
 def commit(partial: Path, *, recipe: str, stage: str, step: int, plan: str, topology: Topology) -> Path:
-    """Makes the files in `partial` the checkpoint of `step`, in the place of one that did not verify.
+    """Makes the files in `partial` the checkpoint of `step`; returns its folder.
 
     Raises:
         OSError: the disk is full, or failed; the checkpoint then does not count.
@@ -176,9 +183,7 @@ def commit(partial: Path, *, recipe: str, stage: str, step: int, plan: str, topo
         _sync_file(partial / entry.name)
     content = {"recipe": recipe, "stage": stage, "step": step, "plan": plan, "topology": asdict(topology)}
     write_json(partial / MANIFEST, {**content, "files": [asdict(entry) for entry in files]})
-    final = partial.parent / str(step)
-    if final.exists():
-        remove(final)
+    final = partial.with_name(str(step))
     partial.rename(final)
     sync_folder(final.parent)
     return final
@@ -194,6 +199,14 @@ def remove(folder: Path) -> None:
     doomed = folder.with_name(f"{folder.name}.removed{PARTIAL}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a damaged checkpoint to `<step>.damaged`, so that its step can be written again; returns the new path."""
+    aside = folder.with_name(folder.name + DAMAGED)
+    if aside.exists():
+        remove(aside)
+    return folder.rename(aside)
 
 
 def clean(folder: Path) -> None:

@@ -193,10 +193,6 @@ class _BufferedSend:
         return True
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
-
-
 def _init_gloo() -> None:
     torch.distributed.init_process_group("gloo")
 
@@ -206,7 +202,8 @@ def _run_without_cuda() -> None:
     distributed: Any = importlib.import_module("nanotron.distributed")
     llama: Any = importlib.import_module("nanotron.models.llama")
     for name in ("set_device", "synchronize", "reset_peak_memory_stats"):
-        setattr(torch.cuda, name, _nothing)
+        # A function for each: torch._dynamo refuses one object under two names.
+        setattr(torch.cuda, name, lambda *args, **kwargs: None)
     distributed.initialize_torch_distributed = _init_gloo
     distributed.send = distributed.isend = _BufferedSend
     # gloo's average divides in place, which autograd refuses for parameters.

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from recipes.engine.checkpoint import Topology
 from recipes.errors import UserError
 from recipes.files import write_atomic
 from recipes.plan import StagePlan
@@ -27,13 +28,13 @@ def accumulation(stage: StagePlan, dp: int) -> int:
 
 
 def nanotron_config(
-    recipe: Recipe, stage: StagePlan, dp: int, checkpoints: Path, *, resume: Path | None = None,
+    recipe: Recipe, stage: StagePlan, topology: Topology, checkpoints: Path, *, resume: Path | None = None,
     weights: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Nanotron's configuration of one stage.
 
     Args:
-        dp: data-parallel ranks of this start; the recipe's own number is where the plan begins, not a condition.
+        topology: of this start; its dp may be another than the recipe's.
         checkpoints: the folder that gets the stage's checkpoints.
         resume: a checkpoint to go on from: weights, optimizer, schedule and step.
         weights: a checkpoint to take nothing but weights from. Without either, they are drawn at random.
@@ -41,13 +42,13 @@ def nanotron_config(
     Raises:
         UserError: something that Nanotron 0.4 gets wrong or cannot do.
     """
-    rounds = accumulation(stage, dp)
-    _refuse(recipe, rounds)
+    rounds = accumulation(stage, topology.dp)
+    _refuse(recipe, topology.pp, rounds)
     model, parallel = recipe.model, recipe.parallelism
     return {
         "general": {"project": recipe.name, "run": stage.name, "seed": recipe.seed},
         "parallelism": {
-            "dp": dp, "tp": parallel.tp, "pp": parallel.pp, "pp_engine": parallel.pp_engine,
+            "dp": topology.dp, "tp": topology.tp, "pp": topology.pp, "pp_engine": parallel.pp_engine,
             "tp_mode": parallel.tp_mode, "tp_linear_async_communication": False,
         },
         "model": {
@@ -75,7 +76,7 @@ def write_config(path: Path, config: dict[str, Any]) -> None:
     write_atomic(path, yaml.safe_dump(config, sort_keys=False))
 
 
-def _refuse(recipe: Recipe, rounds: int) -> None:
+def _refuse(recipe: Recipe, pp: int, rounds: int) -> None:
     file, parallel = recipe.files[0], recipe.parallelism
     if parallel.tp_linear_async_communication:
         found = "true makes Nanotron 0.4 compute wrong gradients in row-parallel layers"
@@ -86,8 +87,8 @@ def _refuse(recipe: Recipe, rounds: int) -> None:
     if not recipe.model.rope_interleaved:
         found = "Nanotron 0.4 trains with interleaved rotary embeddings only"
         raise UserError(found, "write true", file, "model.rope_interleaved")
-    if parallel.pp_engine == "1f1b" and rounds < parallel.pp - 1:
-        found = f"1f1b over {parallel.pp} pipeline ranks needs {parallel.pp - 1} micro-batches a step, not {rounds}"
+    if parallel.pp_engine == "1f1b" and rounds < pp - 1:
+        found = f"1f1b over {pp} pipeline ranks needs {pp - 1} micro-batches a step, not {rounds}"
         raise UserError(found, "write afab, or a smaller micro_batch", file, "parallelism.pp_engine")
 
 

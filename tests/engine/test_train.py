@@ -1,0 +1,314 @@
+"""The real training: killed, stopped, resumed, on full disks and on other numbers of processes.
+
+What is compared is the loss of every step, to the last bit. The undisturbed run is shared by the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.audit import audit
+from recipes.engine.checkpoint import Checkpoint, latest, partial_folder, steps
+from recipes.files import read_lines
+from recipes.plan import learning_rate
+from recipes.run import Run
+from tests.engine.tiny_run import (
+    children,
+    environment,
+    kill,
+    losses,
+    make_run,
+    metrics,
+    start,
+    state,
+    train,
+    trained,
+    wait_for,
+)
+
+pytestmark = pytest.mark.slow
+
+FLOAT32 = {"model": {"dtype": "float32"}, "optimizer": {"accumulate_grad_in_fp32": False}}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Both stages in bf16 with fp32 accumulation, data parallel 2, from one end to the other."""
+    run = make_run(tmp_path_factory.mktemp("undisturbed"))
+    for stage in ("stage1", "stage2"):
+        train(run, stage, 2)
+    return run
+
+
+def copy_of(run: Run, folder: Path) -> Run:
+    """A copy that a test may damage."""
+    return Run.load(shutil.copytree(run.folder, folder / "run"))
+
+
+def assert_same(run: Run, other: Run) -> None:
+    """Same losses, norms, rates, tokens, ledger totals and final weights and moments, bit by bit."""
+    for stage in ("stage1", "stage2"):
+        for line, expected in zip(metrics(run, stage), metrics(other, stage), strict=True):
+            for key in ("step", "tokens", "loss", "lr", "grad_norm"):
+                assert line[key] == expected[key], (stage, line, expected)
+        assert total(run, stage) == total(other, stage)
+        heldout = [json.loads((r.stage_folder(stage) / "heldout.json").read_text()) for r in (run, other)]
+        assert heldout[0] == heldout[1] or heldout[0] == {"start": {}, "end": {}}
+    last = [Checkpoint.load(r.checkpoints("stage2") / "24") for r in (run, other)]
+    weights = [[f for f in c.files if f.name.endswith(".safetensors")] for c in last]
+    assert weights[0] == weights[1] and len(weights[0]) == 12
+
+
+def total(run: Run, stage: str) -> tuple[dict[str, int], int]:
+    """Tokens by source and digest of a whole ledger."""
+    lines = read_lines(run.stage_folder(stage) / "ledger.jsonl")
+    tokens = {name: sum(line["tokens"][name] for line in lines) for name in lines[0]["tokens"]}
+    return tokens, sum(int(line["digest"], 16) for line in lines) % 2**64
+
+
+def test_an_undisturbed_run_trains_and_writes_what_it_should(undisturbed: Run) -> None:
+    assert [steps(undisturbed.checkpoints(stage)) for stage in ("stage1", "stage2")] == [[4, 8, 12], [16, 20, 24]]
+    for stage in ("stage1", "stage2"):
+        assert state(undisturbed, stage) | {"reason": None} == {
+            "stage": stage, "state": "finished", "step": undisturbed.plan.stage(stage).end_step, "exit_code": 0,
+            "reason": None,
+        }  # fmt: skip
+        for line in metrics(undisturbed, stage):
+            assert set(line["seconds"]) == {"data", "step", "checkpoint"} and line["mfu"] is None
+            assert (line["seconds"]["checkpoint"] > 0) == (line["step"] % 4 == 0)
+            assert line["tokens_per_s"] > 0 and line["grad_norm"] > 0
+    assert losses(undisturbed, "stage2")[24] < losses(undisturbed, "stage1")[1] - 1
+
+
+def test_each_step_has_the_plans_rate_also_after_a_resume(undisturbed: Run) -> None:
+    for stage in undisturbed.plan.stages:
+        lines = metrics(undisturbed, stage.name)
+        assert [line["step"] for line in lines] == list(range(stage.start_step + 1, stage.end_step + 1))
+        planned = [learning_rate(stage.schedule, line["step"]) for line in lines]
+        assert [line["lr"] for line in lines] == pytest.approx(planned, rel=1e-12)
+
+
+def test_tokens_are_counted_right_across_a_change_of_sequence_length(undisturbed: Run) -> None:
+    for stage in ("stage1", "stage2"):
+        assert all(line["tokens"] == 256 * line["step"] for line in metrics(undisturbed, stage))
+    done = json.loads((undisturbed.checkpoints("stage2") / "24" / "checkpoint_metadata.json").read_text())
+    assert done["metas"] == {"last_train_step": 24, "consumed_train_samples": 12 * 8 + 12 * 4}
+
+
+def test_the_ledger_is_the_plan_down_to_the_content_of_every_sample(undisturbed: Run) -> None:
+    for found in audit(undisturbed, digests=True):
+        assert found.complete and not found.problems and found.realised == found.planned
+
+
+def test_heldout_loss_falls(undisturbed: Run) -> None:
+    for stage in ("stage1", "stage2"):
+        heldout = json.loads((undisturbed.stage_folder(stage) / "heldout.json").read_text())
+        for domain in ("web", "code"):
+            assert heldout["end"][domain]["loss"] < heldout["start"][domain]["loss"]
+            length = undisturbed.plan.stage(stage).sequence_length
+            assert heldout["end"][domain]["tokens"] == 699 // length * length
+
+
+def test_the_stage_has_its_own_rope_theta(undisturbed: Run, tmp_path: Path) -> None:
+    run = copy_of(undisturbed, tmp_path)
+    code = f"""
+from recipes.train import become_single_process
+become_single_process()
+from pathlib import Path
+from recipes.run import Run
+from recipes.engine.checkpoint import Topology
+from recipes.engine.compat import RotaryEmbedding
+from recipes.engine.config import nanotron_config, write_config
+from recipes.engine.trainer import StageTrainer
+run = Run.load({str(run.folder)!r})
+stage, checkpoints = run.plan.stages[1], run.checkpoints("stage2")
+config = nanotron_config(run.recipe, stage, Topology(1, 1, 1, 0), checkpoints, resume=checkpoints / "20")
+write_config(run.folder / "config.yaml", config)
+trainer = StageTrainer(run, stage, run.folder / "config.yaml", lambda: False)
+bases = [module.base for module in trainer.model.modules() if isinstance(module, RotaryEmbedding)]
+print(bases, trainer.model_config.max_position_embeddings, type(trainer.model_config).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.stdout == "[50000.0, 50000.0] 64 RopeLlamaConfig\n", done.stderr
+
+
+def test_killed_at_a_random_step_and_in_the_middle_of_a_checkpoint_it_ends_the_same(
+    undisturbed: Run, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path)
+    step = random.randint(1, 11)
+    print(f"killed after step {step}")
+    process = start(run, "stage1", 2)
+    wait_for(trained(run, "stage1", step), process)
+    kill(process)
+    train(run, "stage1", 2)
+    kill_inside_a_checkpoint(run, "stage2")
+    out, _ = train(run, "stage2", 2)
+    assert "stage2: steps" in out
+    assert not list(run.folder.glob("*/checkpoints/*.partial"))
+    assert_same(run, undisturbed)
+
+
+def kill_inside_a_checkpoint(run: Run, stage: str) -> None:
+    """Starts training and kills it while the folder of its second checkpoint is unfinished."""
+    partial = partial_folder(run.checkpoints(stage), 20)
+    process = start(run, stage, 2)
+    wait_for(partial.exists, process)
+    workers = children(process.pid)
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    assert partial.exists()
+    kill(process)
+    assert partial.exists() and steps(run.checkpoints(stage)) == [16]
+
+
+def test_stopped_on_one_process_and_continued_on_two_it_ends_the_same(undisturbed: Run, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    shutil.rmtree(run.folder / "data" / "heldout")
+    process = start(run, "stage1", 1)
+    wait_for(trained(run, "stage1", 5), process)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate()
+    assert process.returncode == 75, err
+    stopped = state(run, "stage1")
+    assert (stopped["state"], stopped["exit_code"], stopped["reason"]) == ("stopped", 75, "SIGUSR1")
+    assert stopped["step"] == steps(run.checkpoints("stage1"))[-1] == max(losses(run, "stage1")) < 12
+    train(run, "stage1", 2)
+    train(run, "stage2", 2)
+    assert_same(run, undisturbed)
+    assert not any(found.problems for found in audit(run, digests=True))
+
+
+@pytest.mark.parametrize("to_one_worker", [True, False])
+def test_one_signal_stops_all_processes_with_a_checkpoint(tmp_path: Path, to_one_worker: bool) -> None:
+    run = make_run(tmp_path, stage1={"end_step": 2000}, stage2={"end_step": 2001})
+    process = start(run, "stage1", 2)
+    wait_for(trained(run, "stage1", 2), process)
+    if to_one_worker:
+        os.kill(children(process.pid)[1], signal.SIGUSR1)
+    else:
+        process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 1, err
+    if to_one_worker:
+        assert err.count("exitcode  : 75") == 2 or "exitcode: 75" in err, err
+    stopped = state(run, "stage1")
+    assert (stopped["state"], stopped["exit_code"]) == ("stopped", 75)
+    checkpoint, passed_over = latest(run.checkpoints("stage1"))
+    assert checkpoint is not None and checkpoint.step == stopped["step"] == max(losses(run, "stage1"))
+    assert not passed_over
+
+
+def test_workers_that_outlive_torchrun_stop_and_the_next_start_waits_for_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path, stage1={"end_step": 2000}, stage2={"end_step": 2001})
+    process = start(run, "stage1", 2)
+    wait_for(trained(run, "stage1", 2), process)
+    process.send_signal(signal.SIGUSR1)  # torchrun dies of it
+    process.wait()
+    again = start(run, "stage1", 1)
+    wait_for(lambda: state(run, "stage1")["state"] == "stopped", again)
+    first = state(run, "stage1")["step"]
+    wait_for(lambda: max(losses(run, "stage1")) > first, again)
+    again.send_signal(signal.SIGTERM)
+    assert again.wait() == 75
+    assert state(run, "stage1")["reason"] == "SIGTERM"
+    process.communicate()
+    again.communicate()
+
+
+def test_a_full_disk_during_a_checkpoint_loses_nothing(undisturbed: Run, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    process = start(run, "stage1")
+    wait_for((run.checkpoints("stage1") / "4").exists, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))  # less than the embeddings need
+    out, err = process.communicate()
+    assert process.returncode == 74, out + err
+    assert err.count("\n") == 1 and "could not write" in err, err
+    failed = state(run, "stage1")
+    assert (failed["state"], failed["step"], failed["exit_code"]) == ("failed", 4, 74)
+    assert [p.name for p in run.checkpoints("stage1").iterdir()] == ["4"]
+    for stage in ("stage1", "stage2"):
+        train(run, stage)
+    assert_same(run, undisturbed)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud(undisturbed: Run, tmp_path: Path) -> None:
+    run = copy_of(undisturbed, tmp_path)
+    optimizer = next((run.checkpoints("stage2") / "24" / "optimizer").glob("*.pt"))
+    content = bytearray(optimizer.read_bytes())
+    content[len(content) // 2] ^= 1
+    optimizer.write_bytes(content)
+    out, _ = train(run, "stage2", 2)
+    assert "passed over, now 24.damaged: " in out and "checksum" in out and "steps 21 to 24, after" in out
+    assert_same(run, undisturbed)
+    assert steps(run.checkpoints("stage2")) == [16, 20, 24]
+    out, _ = train(run, "stage2")
+    assert "stage2 is complete" in out
+
+
+def refusal(run: Run, stage: str, processes: int = 1) -> str:
+    """The one message of a start that is refused with exit code 2."""
+    process = start(run, stage, processes)
+    out, err = process.communicate()
+    assert process.returncode == (2 if processes == 1 else 1), out + err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and (processes > 1 or "Traceback" not in err), err
+    return lines[0]
+
+
+def test_wrong_input_is_refused_with_one_message(undisturbed: Run, tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"optimizer": {"zero_stage": 1}})
+    assert "stage2 starts from step 12 of stage1, but stage1 has no checkpoint" in refusal(run, "stage2")
+    assert (state(run, "stage2")["state"], state(run, "stage2")["exit_code"]) == ("failed", 2)
+    assert "tiny has no stage 'stage3'" in refusal(run, "stage3")
+    assert "8 samples a step do not divide" in refusal(run, "stage1", 3)
+    shutil.copytree(undisturbed.checkpoints("stage1"), run.checkpoints("stage1"))
+    assert "written with zero_stage 0, to be resumed with 1" in refusal(run, "stage2")
+    tokens = run.data("prose") / "00000.ds"
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    assert "00000.ds: 5,998 bytes where the manifest says 6,000" in refusal(run, "stage1")
+    (run.tokenizer).write_text((run.tokenizer).read_text().replace("word5", "word_5", 1))
+    assert "made with tokenizer" in refusal(run, "stage1")
+    (run.folder / "plan.json").write_text("{}")
+    assert "the frozen recipe no longer gives this plan" in refusal(run, "stage1")
+
+
+@pytest.fixture(scope="session")
+def float32(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of one process in fp32."""
+    run = make_run(tmp_path_factory.mktemp("float32"), FLOAT32 | {"parallelism": {"dp": 1}, **one_rank()})
+    train(run, "stage1")
+    return losses(run, "stage1")
+
+
+def one_rank() -> dict[str, Any]:
+    return {"batch": {"accumulation": 4}}
+
+
+@pytest.mark.parametrize(
+    "parallelism",
+    [{"dp": 1, "tp": 2, "tp_mode": "REDUCE_SCATTER"}, {"dp": 1, "pp": 2, "pp_engine": "1f1b"}],
+    ids=["tp2", "pp2"],
+)
+def test_two_parts_of_a_model_train_as_the_whole(
+    float32: dict[int, float], tmp_path: Path, parallelism: dict[str, Any]
+) -> None:
+    run = make_run(tmp_path, FLOAT32 | {"parallelism": parallelism} | one_rank())
+    out, _ = train(run, "stage1", 2)
+    assert "creating step 0" in out
+    assert losses(run, "stage1") == pytest.approx(float32, abs=1e-5)
+    assert not any(found.problems for found in audit(run, digests=True))
+    process = start(run, "stage2")
+    _, err = process.communicate()
+    assert process.returncode == 2 and "do not divide" in err
