@@ -40,7 +40,9 @@ def main() -> None:
 def lint(recipe: Annotated[str | None, typer.Argument(help="A recipe; all of them if left out.")] = None) -> None:
     """Check recipes: shares, sources, steps, batch sizes, learning rate, repetition.
 
-    Exit code 0: fine, perhaps with warnings; 2: an error.   Example: smol lint smollm2-1.7b
+    Exit code 0: fine, perhaps with warnings; 2: an error.
+
+    Example: smol lint smollm2-1.7b
     """
     from recipes.lint import lint as check
     from recipes.loader import find_root, load, recipe_names
@@ -114,14 +116,18 @@ def tokenize(
 def verify(folders: Annotated[list[Path], typer.Argument(help="Tokenised folders or checkpoints.")]) -> None:
     """Compare every byte of tokenised folders and checkpoints with their manifests.
 
-    Exit code 0: all agree; 2: the first difference is named.   Example: smol verify data/* runs/x/stage1/checkpoints/*
+    Exit code 0: all agree; 2: the first difference is named.
+
+    Example: smol verify data/* runs/x/stage1/checkpoints/*
     """
     from recipes.data.manifest import Manifest
-    from recipes.engine.checkpoint import CheckpointManifest
+    from recipes.engine.checkpoint import Checkpoint
 
     for folder in folders:
-        kind = CheckpointManifest if (folder / "model_config.json").exists() else Manifest
-        kind.load(folder).verify(checksums=True)
+        if (folder / "model_config.json").exists():
+            Checkpoint.load(folder).verify()
+        else:
+            Manifest.load(folder).verify(checksums=True)
         print(f"{folder}: whole")
 
 
@@ -133,7 +139,9 @@ def audit(
 ) -> None:
     """Prove that the data seen is the data planned, to the token.
 
-    Exit code 0: equal; 1: not.   Example: smol audit rehearsal-smollm2-1.7b-1 --digests
+    Exit code 0: equal; 1: not.
+
+    Example: smol audit rehearsal-smollm2-1.7b-1 --digests
     """
     from dataclasses import asdict
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,16 +22,18 @@ from recipes.audit import StageAudit, audit
 from recipes.data.corpus import build_corpora, iter_texts
 from recipes.data.manifest import Manifest
 from recipes.data.tokenize import tokenize, train_tokenizer
+from recipes.engine.checkpoint import prune
 from recipes.errors import UserError
 from recipes.files import append_line, read_lines, write_atomic, write_json
+from recipes.lint import checked_plan
 from recipes.loader import load
 from recipes.plan import StagePlan
 from recipes.recipe import Recipe
 from recipes.report import heldout_losses, write_report
 from recipes.run import RUN_FILE, TOKENIZER, Run, freeze, runs_folder
-from recipes.show import show_audits
+from recipes.show import show_audits, stages_table
 
-TOKENS_PER_MINUTE = 200_000
+TOKENS_PER_MINUTE = 240_000
 """Training tokens for each minute of `--minutes`: a constant, so that the same arguments give the same run on any
 machine. Chosen for two cores, of whose ten minutes training gets about half."""
 SEQUENCE_LENGTH, MICRO_BATCH, SEQUENCES_PER_STEP = 256, 8, 16
@@ -38,6 +41,7 @@ VOCAB_SIZE = 4096
 BLOCK_TOKENS = 4 * SEQUENCE_LENGTH
 """As in the real recipe: four sequences."""
 CHECKPOINTS_PER_STAGE = 3
+"""Of an eleventh of the run, the shortest of the 1.7B's stages."""
 CHARACTERS_PER_TOKEN = 3.3
 """Of the 4,096-entry tokenizer, about; it only sets how much text is gathered."""
 LEAST_CHARACTERS = 160_000
@@ -70,10 +74,14 @@ def rehearse(settings: Settings, console: Console, folder: Path | None = None) -
     base = load(settings.recipe)
     folder = folder or new_folder(base.name)
     write_json(folder / "rehearsal.json", asdict(settings))
+    show_recipe(base, console)
     run = prepare(settings, base, folder, console)
+    console.print(stages_table(run.plan))
     for number, stage in enumerate(run.plan.stages):
         train_stage(run, stage, settings, console, kill=number == min(1, len(run.plan.stages) - 1))
     audits = audit(run, digests=True)
+    if not settings.keep:
+        clean_up(run)
     append_line(folder / "events.jsonl", {"event": "finished", "seconds": time.time() - started})
     report = write_report(run, audits)
     show_result(run, audits, console)
@@ -90,6 +98,23 @@ def check(settings: Settings) -> None:
     if settings.nproc < 1 or SEQUENCES_PER_STEP % settings.nproc:
         fix = f"write a divisor of {SEQUENCES_PER_STEP}, the sequences of a step"
         raise UserError(f"--nproc {settings.nproc} does not divide the batch", fix)
+
+
+def show_recipe(recipe: Recipe, console: Console) -> None:
+    """Prints what lint says of the real recipe; its errors end the rehearsal."""
+    plan = checked_plan(recipe)
+    console.print(
+        f"{recipe.name}: {plan.steps:,} steps of {plan.tokens_per_step:,} tokens, {len(plan.warnings)} warnings"
+    )
+    for warning in plan.warnings:
+        console.print(f"  [yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
+
+
+def clean_up(run: Run) -> None:
+    """Removes what only a closer look needs: the corpora, and every checkpoint but the stages' last."""
+    shutil.rmtree(run.folder / "corpora", ignore_errors=True)
+    for stage in run.plan.stages:
+        prune(run.checkpoints(stage.name), 1, 0, set(stage.kept_steps))
 
 
 def new_folder(recipe: str) -> Path:
@@ -171,6 +196,7 @@ def write_overlay(settings: Settings, base: Recipe, folder: Path, manifests: dic
     per_step = SEQUENCE_LENGTH * SEQUENCES_PER_STEP
     micro_batch = min(MICRO_BATCH, SEQUENCES_PER_STEP // settings.nproc)
     heads = MODEL["hidden"] // HEAD_DIM
+    interval = max(1, tokens // per_step // (CHECKPOINTS_PER_STAGE * 11))
     kv_heads = max(1, heads * base.model.kv_heads // base.model.heads)
     overlay: dict[str, Any] = {
         "name": overlay_name(base), "extends": base.name, "scale": f"{tokens}/{total}", "seed": settings.seed,
@@ -182,8 +208,7 @@ def write_overlay(settings: Settings, base: Recipe, folder: Path, manifests: dic
         },
         "parallelism": {"dp": settings.nproc, "tp": 1, "pp": 1},
         "schedule": {"peak_lr": 3.0e-3},  # the published rate of the smallest model
-        "checkpoints": {"interval": tokens // per_step // (CHECKPOINTS_PER_STAGE * 11) or 1, "keep_last": 2,
-                        "keep_every": 0},
+        "checkpoints": {"interval": interval, "keep_last": 2, "keep_every": interval if settings.keep else 0},
         "block_tokens": BLOCK_TOKENS, "sources": "mixtures/sources-rehearsal.yaml", "branches": [],
     }  # fmt: skip
     registry = {

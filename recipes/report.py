@@ -202,22 +202,23 @@ def _draw_speed(axes: Axes, plan: Plan, metrics: dict[str, list[dict[str, Any]]]
 
 
 def _draw_mixture(axes: Axes, plan: Plan) -> None:
-    """One block a stage, as wide as its tokens; heights are shares; one colour a domain, one shade a source."""
-    for stage in plan.stages:
+    """One column a stage; heights are shares; one colour a domain, one shade a source."""
+    for column, stage in enumerate(plan.stages):
         bottom, shade = 0.0, dict.fromkeys(DOMAIN_COLOURS, 0.75)
         for use in stage.sources:
-            height, width = float(use.share), stage.steps
+            height = float(use.share)
             colour = _shade(use.domain, shade.get(use.domain, 0.75))
             shade[use.domain] = shade.get(use.domain, 0.75) - 0.18
-            axes.bar(stage.start_step, height, width, bottom, align="edge", color=colour, edgecolor="white")
+            axes.bar(column, height, 0.94, bottom, color=colour, edgecolor="white")
             if height > 0.03:
-                middle = stage.start_step + width / 2
-                axes.text(middle, bottom + height / 2, f"{use.name} {height:.1%}", ha="center", va="center", fontsize=7)
+                text = f"{use.name} {height:.1%}"
+                axes.text(column, bottom + height / 2, text, ha="center", va="center", fontsize=7)
             bottom += height
+    names = [f"{s.name}\n{amount(s.tokens)} tokens" for s in plan.stages]
+    axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("share of the tokens")
     axes.set_ylim(0, 1)
-    axes.set_xlabel("step")
-    _stages(axes, plan)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _shade(domain: str, depth: float) -> Any:

@@ -41,7 +41,7 @@ def epochs_of(epochs: float | None) -> str:
 def show_plan(plan: Plan, console: Console) -> None:
     """Prints the run, its stages, their sources, families and warnings."""
     console.print(_overview(plan))
-    console.print(_stages(plan))
+    console.print(stages_table(plan))
     console.print(_sources(plan))
     for warning in plan.warnings:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
@@ -66,7 +66,8 @@ def _overview(plan: Plan) -> Table:
     return table
 
 
-def _stages(plan: Plan) -> Table:
+def stages_table(plan: Plan) -> Table:
+    """The plan's stages and branches, a line each."""
     table = _numbers("stages", 1, "stage", "start step", "end step", "tokens", "seq", "lr first", "lr last",
                      "GPU-hours")  # fmt: skip
     for stage in plan.stages + plan.branches:

@@ -32,7 +32,7 @@ RECIPE: dict[str, Any] = {
               "tied_embeddings": True, "norm_eps": 1.0e-5, "init_std": 0.05, "rope_theta": 10000.0,
               "rope_interleaved": True, "dtype": "bfloat16"},
     "tokenizer": {"name": "tokenizer.json", "vocab_size": VOCAB, "end_of_text": "<|endoftext|>"},
-    "batch": {"tokens_per_step": 256, "sequence_length": 32, "micro_batch": 2, "accumulation": 2},
+    "batch": {"tokens_per_step": 256, "sequence_length": 32, "micro_batch": 4, "accumulation": 1},
     "parallelism": {"dp": 2, "tp": 1, "pp": 1, "tp_mode": "ALL_REDUCE", "tp_linear_async_communication": False,
                     "pp_engine": "1f1b"},
     "optimizer": {"beta1": 0.9, "beta2": 0.95, "eps": 1.0e-8, "weight_decay": 0.01, "clip": 1.0, "zero_stage": 0,
@@ -48,7 +48,7 @@ STAGE1 = {
     },
 }
 STAGE2 = {
-    "end_step": 24, "sequence_length": 64, "micro_batch": 1, "rope_theta": 50000.0,
+    "end_step": 24, "sequence_length": 64, "micro_batch": 2, "rope_theta": 50000.0,
     "domains": {"web": {"share": 0.5, "sources": {"prose": 1}}, "code": {"share": 0.5, "sources": {"programs": 1}}},
 }  # fmt: skip
 
