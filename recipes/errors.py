@@ -7,6 +7,8 @@ from pathlib import Path
 
 def shown(path: Path | str) -> str:
     """A path as a message shows it: relative where it lies below the current folder."""
+    if "://" in str(path):
+        return str(path)
     path = Path(path)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
@@ -19,3 +21,7 @@ class UserError(ValueError):
         self.found, self.fix, self.file, self.where = found, fix, file, where
         place = ": ".join(part for part in (file and shown(file), where) if part)
         super().__init__(f"{place + ': ' if place else ''}{found}. {fix[:1].upper()}{fix[1:]}.")
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[object, ...]]:
+        """Survives the way from a worker process."""
+        return type(self), (self.found, self.fix, self.file, self.where)

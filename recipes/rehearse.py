@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -179,6 +179,7 @@ def tokenize_all(
             done = tokenize(
                 source=name, data=str(folder / "corpora" / name), out=folder / "data" / name,
                 tokenizer=folder / TOKENIZER, end_of_text=end_of_text, text=text,
+                show_progress=False,
             )  # fmt: skip
             manifests[name] = done
     return {name: manifests[name] for name in sources}
@@ -242,10 +243,10 @@ def train_stage(run: Run, stage: StagePlan, settings: Settings, console: Console
         return
     launch(run, stage, settings, console)
     if not finished(run, stage):
-        state = json.loads((run.stage_folder(stage.name) / "state.json").read_text(encoding="utf-8"))
         log = run.stage_folder(stage.name) / "logs" / "train.log"
-        raise UserError(f"{stage.name} ended in the state '{state['state']}': {state.get('reason')}",
-                        "read the end of the log, then `smol rehearse --resume`", log)  # fmt: skip
+        said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("error:")]
+        found = f"{stage.name} did not reach its end ({(said or ['the log says why'])[-1]})"
+        raise UserError(found, f"put that right, then `smol rehearse --resume {run.folder.name}`", log)
 
 
 def finished(run: Run, stage: StagePlan) -> bool:
@@ -272,7 +273,7 @@ def launch(run: Run, stage: StagePlan, settings: Settings, console: Console, sto
             while process.poll() is None:
                 step = show_step(run, stage, bars, bar)
                 if stop_at is not None and step >= stop_at:
-                    os.killpg(process.pid, signal.SIGKILL)
+                    kill(process.pid)
                     process.wait()
                 time.sleep(0.3)
         except KeyboardInterrupt:
@@ -282,6 +283,13 @@ def launch(run: Run, stage: StagePlan, settings: Settings, console: Console, sto
             console.print(f"  go on with: smol rehearse --resume {run.folder.name}", highlight=False)
             raise
         return show_step(run, stage, bars, bar)
+
+
+def kill(pid: int) -> None:
+    """SIGKILLs a process and all below it at once; torchrun's workers are in sessions of their own."""
+    torchrun = psutil.Process(pid)
+    for process in (torchrun, *torchrun.children(recursive=True)):
+        process.kill()
 
 
 def show_step(run: Run, stage: StagePlan, bars: Progress, bar: TaskID) -> int:
