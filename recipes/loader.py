@@ -120,6 +120,9 @@ class _Loader:
         chain = self.chain(folder)
         raw, places = _merge(chain)
         file = typed(_RecipeFile, raw, places)
+        if file.name != folder.resolve().name:
+            fix = f"write {folder.resolve().name}, or rename the folder"
+            raise typed_error(places, ("name",), f"'{file.name}' is not the folder's name", fix)
         registry = self.registry(file.sources)
         step_scale = Fraction(1)
         if file.scale is not None:

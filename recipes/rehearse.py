@@ -44,9 +44,10 @@ CHECKPOINTS_PER_STAGE = 3
 """Of an eleventh of the run, the shortest of the 1.7B's stages."""
 CHARACTERS_PER_TOKEN = 3.3
 """Of the 4,096-entry tokenizer, about; it only sets how much text is gathered."""
-LEAST_CHARACTERS = 160_000
-"""Scaled down as far as the tokens, the smallest sources would not fill one block."""
-HELDOUT_CHARACTERS = 90_000
+LEAST_CHARACTERS = 400_000
+"""Scaled down as far as the tokens, the smallest sources would not fill one block; with 160,000 the held-out loss of
+code no longer fell in stage 3."""
+HELDOUT_CHARACTERS = 240_000
 MODEL = {"layers": 4, "hidden": 128, "ffn": 512, "vocab_size": VOCAB_SIZE}
 HEAD_DIM = 32
 
@@ -75,11 +76,15 @@ def rehearse(settings: Settings, console: Console, folder: Path | None = None) -
     folder = folder or new_folder(base.name)
     write_json(folder / "rehearsal.json", asdict(settings))
     show_recipe(base, console)
-    run = prepare(settings, base, folder, console)
-    console.print(stages_table(run.plan))
-    for number, stage in enumerate(run.plan.stages):
-        train_stage(run, stage, settings, console, kill=number == min(1, len(run.plan.stages) - 1))
-    audits = audit(run, digests=True)
+    try:
+        run = prepare(settings, base, folder, console)
+        console.print(stages_table(run.plan))
+        for number, stage in enumerate(run.plan.stages):
+            train_stage(run, stage, settings, console, kill=number == min(1, len(run.plan.stages) - 1))
+        audits = audit(run, digests=True)
+    except KeyboardInterrupt:
+        console.print(f"go on with: smol rehearse --resume {folder.name}", highlight=False)
+        raise
     if not settings.keep:
         clean_up(run)
     append_line(folder / "events.jsonl", {"event": "finished", "seconds": time.time() - started})
@@ -280,7 +285,6 @@ def launch(run: Run, stage: StagePlan, settings: Settings, console: Console, sto
             console.print("  asking for a checkpoint …")
             process.send_signal(signal.SIGTERM)
             process.wait()
-            console.print(f"  go on with: smol rehearse --resume {run.folder.name}", highlight=False)
             raise
         return show_step(run, stage, bars, bar)
 

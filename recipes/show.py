@@ -74,7 +74,14 @@ def stages_table(plan: Plan) -> Table:
         name = f"{stage.name} < {stage.branch}" if stage.branch else stage.name
         steps = f"{stage.start_step:,}", f"{stage.end_step:,}"
         rates = f"{stage.start_lr:.3g}", f"{stage.end_lr:.3g}"
-        table.add_row(name, *steps, amount(stage.tokens), str(stage.sequence_length), *rates, f"{stage.gpu_hours:,.0f}")
+        table.add_row(
+            name,
+            *steps,
+            amount(stage.tokens),
+            str(stage.sequence_length),
+            *rates,
+            f"{stage.gpu_hours:,.0f}" if stage.gpu_hours >= 1 else f"{stage.gpu_hours:.1g}",
+        )
     return table
 
 

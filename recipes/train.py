@@ -35,6 +35,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,7 @@ def main() -> int:
     arguments = parser.parse_args()
     become_single_process()
     if arguments.stage == INIT:
-        return create_step_zero(Run.load(arguments.run))
+        return code_of(lambda: create_step_zero(arguments.run))
     stop = StopRequest()
     end_with_parent()
     word = first_word(arguments.run, arguments.stage)
@@ -94,6 +95,16 @@ def main() -> int:
         return int(word["exit_code"])
     run = Run.load(arguments.run)
     return train(run, run.plan.stage(arguments.stage), Path(word["config"]), stop)
+
+
+def code_of(work: Callable[[], None]) -> int:
+    """Does `work`; returns the exit code of what a user or a full disk did to it, after one message."""
+    try:
+        work()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_NOT_WRITTEN
+    return 0
 
 
 def become_single_process() -> None:
@@ -127,10 +138,8 @@ def first_word(folder: Path, stage: str) -> dict[str, Any]:
         return word
     word = {"exit_code": 1, "config": None}
     try:
-        word = prepare(folder, stage, processes)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        word["exit_code"] = EXIT_USER_ERROR
+        code = code_of(lambda: word.update(prepare(folder, stage, processes)))
+        word["exit_code"] = code or word["exit_code"]
     finally:
         store.set("recipes.train", json.dumps(word))
     return word
@@ -256,8 +265,9 @@ def step_zero(run: Run) -> Path:
     return checkpoint.folder
 
 
-def create_step_zero(run: Run) -> int:
+def create_step_zero(run_folder: Path) -> None:
     """Creates step 0 in this process."""
+    run = Run.load(run_folder)
     folder = run.folder / INIT
     lock(folder)
     clean(folder)
@@ -267,7 +277,6 @@ def create_step_zero(run: Run) -> int:
         from recipes.engine.trainer import StageTrainer, write_step_zero
 
         write_step_zero(StageTrainer(run, run.plan.stages[0], folder / "config.yaml", lambda: False), folder)
-    return 0
 
 
 # Training: all ranks
@@ -304,7 +313,7 @@ def fit(trainer: StageTrainer, stop: StopRequest) -> tuple[str, int, str | None]
     except Stopped:
         return "stopped", EXIT_STOPPED, stop.signal or "another process was asked to"
     except WriteError as error:
-        return "failed", EXIT_NOT_WRITTEN, f"could not write: {error}. Make room, then start it again"
+        return "failed", EXIT_NOT_WRITTEN, f"could not write {error}"
     return "finished", 0, None
 
 

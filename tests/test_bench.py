@@ -13,7 +13,7 @@ from recipes.errors import UserError
 
 
 def test_greedy_index_takes_the_largest_error() -> None:
-    weights, counts = np.array([0.5, 0.3, 0.2]), np.zeros(3)
+    weights, counts = np.array([0.2, 0.5, 0.3]), np.zeros(3)
     sources, numbers = greedy_index(weights.tolist(), 300, seconds=60)
     for n in range(300):
         expected = int(np.argmax(weights * max(n, 1) - counts))

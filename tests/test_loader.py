@@ -51,6 +51,7 @@ BAD = {
     "list on top": (END1, "end_tokens: 6T", "- 6T", ["stage1.yaml", "not a mapping"]),
     "missing key": (RECIPE, "seed: 42", "# seed", ["the key 'seed' is missing"]),
     "wrong type": (RECIPE, "layers: 24", "layers: many", ["model.layers", "'many'", "integer"]),
+    "other name": (RECIPE, "name: smollm2-1.7b", "name: smollm3", ["name", "'smollm3' is not the folder's name"]),
     "missing stage": (RECIPE, "[stage1,", "[stage0,", ["stage0.yaml", "no such file", "stage1.yaml"]),
     "extends itself": (RECIPE, "seed: 42", "seed: 42\nextends: smollm2-1.7b", ["extends", "cannot be extended"]),
     "scale alone": (RECIPE, "seed: 42", "seed: 42\nscale: 1/5", ["scale", "extends"]),

@@ -7,6 +7,8 @@ Import this before anything from `nanotron`. What it replaces, and when:
 3. `flash_attn`, by PyTorch's own attention: only where flash-attn is not installed;
 4. "cuda" by "cpu" and NCCL by gloo: only where there is no CUDA device.
 
+PyTorch's warnings that Nanotron calls what will be renamed are switched off: they can only be heeded there.
+
 `replaced` names what this process replaced.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -215,6 +218,7 @@ def _run_without_cuda() -> None:
 def _install() -> None:
     _break_import_cycle()
     np.set_printoptions(legacy="1.25")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"nanotron\.|torch\.distributed\.")
     if importlib.util.find_spec("flash_attn") is None:
         _import_models_without_flash_attn()
         replaced.append("flash_attn")

@@ -154,7 +154,7 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
         try:
             result = work()
         except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
-            problem = f"{type(error).__name__} on rank {self.rank}: {error}"
+            problem = f"{error} ({type(error).__name__} on rank {self.rank})"
         answers: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(answers, (result, problem), group=self.control)
         if problems := [problem for _, problem in answers if problem]:
@@ -181,7 +181,11 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
         try:
             append_line(self.folder / "metrics.jsonl", line)
         except OSError as error:
-            self.write_problem = str(error)
+            self.write_problem = f"metrics.jsonl: {error}; {self.room()}"
+
+    def room(self) -> str:
+        """Says how much room there is for the stage's files, after a failure to write one."""
+        return f"{shutil.disk_usage(self.folder).free:,} bytes are free. Make room, then start again"
 
     # Checkpoints
 
@@ -198,10 +202,11 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
             counts = self.together(lambda: self.write_files(partial))
             line = ledger_line(self.ledger_step, step, list(self.stage.shares), self.stage.sequence_length, counts)
             self.together(lambda: self.complete(partial, metrics, line, began))
-        except WriteError:
+        except WriteError as error:
+            problem = f"the checkpoint of step {step}: {error}; {self.room()}"
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise
+            raise WriteError(problem) from None
         self.ledger_step = step
 
     def prepare_folder(self, partial: Path) -> None:

@@ -77,6 +77,7 @@ def test_a_sample_is_its_sources_next(streams: dict[str, SourceStream], name: st
         assert dataset.locate(n) == (names.index(source), position[source])
         position[source] += stage.sequence_length
     assert {use.name: use.offset + use.tokens for use in stage.sources} == position
+    assert np.array_equal(dataset[:], list(dataset))
 
 
 def test_no_token_is_a_target_twice_in_an_epoch_of_the_run(streams: dict[str, SourceStream]) -> None:
@@ -117,7 +118,9 @@ def test_starting_at_a_sample_equals_walking_to_it(streams: dict[str, SourceStre
         assert np.array_equal(MixtureDataset(PLAN, "stage1", fresh)[n:], walked[n:])
 
 
-@pytest.mark.parametrize("n", [-1, 192, slice(190, 193), slice(-1, 3), slice(192, 190, -1), np.array([0, 192])])
+@pytest.mark.parametrize(
+    "n", [-1, 192, slice(190, 193), slice(-1, 3), slice(192, 190, -1), slice(0, 10**15), np.array([192])]
+)
 def test_samples_outside_the_stage_are_refused(dataset: MixtureDataset, n: int | slice | np.ndarray) -> None:
     with pytest.raises(IndexError, match=r"outside stage1's \[0, 192\)"):
         dataset[n]

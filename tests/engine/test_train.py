@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from recipes.audit import audit
-from recipes.engine.checkpoint import Checkpoint, latest, partial_folder, steps
+from recipes.engine.checkpoint import latest, partial_folder, steps
 from recipes.files import read_lines
 from recipes.plan import learning_rate
 from recipes.run import Run
@@ -65,9 +67,21 @@ def assert_same(run: Run, other: Run) -> None:
         assert total(run, stage) == total(other, stage)
         heldout = [json.loads((r.stage_folder(stage) / "heldout.json").read_text()) for r in (run, other)]
         assert heldout[0] == heldout[1] or heldout[0] == {"start": {}, "end": {}}
-    last = [Checkpoint.load(r.checkpoints("stage2") / "24") for r in (run, other)]
-    weights = [[f for f in c.files if f.name.endswith(".safetensors")] for c in last]
-    assert weights[0] == weights[1] and len(weights[0]) == 12
+    assert_same_tensors(run.checkpoints("stage2") / "24", other.checkpoints("stage2") / "24")
+
+
+def assert_same_tensors(folder: Path, other: Path) -> None:
+    """Same weights, same fp32 weights and moments. Files may differ: safetensors writes its header in any order."""
+    names = sorted(p.relative_to(folder) for p in folder.rglob("*.safetensors"))
+    assert len(names) == 14
+    for name in names:
+        assert torch.equal(load_file(folder / name)["data"], load_file(other / name)["data"])
+    (mine,), (theirs,) = (sorted((f / "optimizer").glob("*.pt")) for f in (folder, other))
+    one, two = torch.load(mine), torch.load(theirs)
+    for key, tensor in one["gradient_accumulator"].items():
+        assert torch.equal(tensor, two["gradient_accumulator"][key])
+    for index, moments in one["state"].items():
+        assert all(torch.equal(moments[key], two["state"][index][key]) for key in ("exp_avg", "exp_avg_sq", "step"))
 
 
 def total(run: Run, stage: str) -> tuple[dict[str, int], int]:
@@ -227,17 +241,32 @@ def test_workers_that_outlive_torchrun_stop_and_the_next_start_waits_for_them(tm
     again.communicate()
 
 
-def test_a_full_disk_during_a_checkpoint_loses_nothing(undisturbed: Run, tmp_path: Path) -> None:
+def limit(process: subprocess.Popen[str], size: int) -> None:
+    """From now on the process cannot write beyond `size` bytes of any file: to it, the disk is full."""
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+
+
+def assert_not_written(process: subprocess.Popen[str], run: Run) -> None:
+    """The process ended with the code, state and message of a full disk; the checkpoint of step 4 is there alone."""
+    out, err = process.communicate()
+    assert process.returncode == 74, out + err
+    assert err.count("\n") == 1 and "stage1 failed at step 4: could not write " in err, err
+    failed = state(run, "stage1")
+    assert (failed["state"], failed["step"], failed["exit_code"]) == ("failed", 4, 74)
+    assert "bytes are free" in failed["reason"]
+    assert [p.name for p in run.checkpoints("stage1").iterdir()] == ["4"]
+
+
+def test_a_full_disk_loses_nothing(undisturbed: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path)
     process = start(run, "stage1")
     wait_for((run.checkpoints("stage1") / "4").exists, process)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))  # less than the embeddings need
-    out, err = process.communicate()
-    assert process.returncode == 74, out + err
-    assert err.count("\n") == 1 and "could not write" in err, err
-    failed = state(run, "stage1")
-    assert (failed["state"], failed["step"], failed["exit_code"]) == ("failed", 4, 74)
-    assert [p.name for p in run.checkpoints("stage1").iterdir()] == ["4"]
+    limit(process, (run.stage_folder("stage1") / "metrics.jsonl").stat().st_size + 100)  # half a line of metrics
+    assert_not_written(process, run)
+    process = start(run, "stage1")
+    wait_for(lambda: state(run, "stage1")["state"] == "training", process)
+    limit(process, 100_000)  # less than the optimizer's file
+    assert_not_written(process, run)
     for stage in ("stage1", "stage2"):
         train(run, stage)
     assert_same(run, undisturbed)
@@ -267,6 +296,17 @@ def refusal(run: Run, stage: str, processes: int = 1) -> str:
     return lines[0]
 
 
+def test_zero_1_trains_the_same_but_on_the_same_number_of_processes_only(undisturbed: Run, tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"optimizer": {"zero_stage": 1}})
+    train(run, "stage1", 2)
+    message = refusal(run, "stage2")
+    assert "written by 2 data-parallel ranks under ZeRO 1, to be resumed by 1" in message
+    assert "Start 2 processes" in message
+    train(run, "stage2", 2)
+    for stage in ("stage1", "stage2"):
+        assert losses(run, stage) == losses(undisturbed, stage)
+
+
 def test_wrong_input_is_refused_with_one_message(undisturbed: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path, {"optimizer": {"zero_stage": 1}})
     assert "stage2 starts from step 12 of stage1, but stage1 has no checkpoint" in refusal(run, "stage2")
@@ -284,6 +324,29 @@ def test_wrong_input_is_refused_with_one_message(undisturbed: Run, tmp_path: Pat
     assert "00000.ds: 5,998 bytes where the manifest says 6,000" in refusal(run, "stage1")
     (run.folder / "plan.json").write_text("{}")
     assert "the frozen recipe no longer gives this plan" in refusal(run, "stage1")
+
+
+@pytest.mark.parametrize(
+    ("started_with", "workers", "share"),
+    [({}, 1, 1), ({}, 2, 2), ({"OMP_NUM_THREADS": "1"}, 1, None)],
+    ids=["all-cores", "half", "chosen"],
+)
+def test_workers_share_the_cores_unless_a_person_said_otherwise(
+    started_with: dict[str, str], workers: int, share: int | None
+) -> None:
+    worker = "import recipes.train as t, torch; t.set_threads(); print(torch.get_num_threads())"
+    torchrun = f"""
+import os, subprocess, sys
+os.environ |= {{"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "{workers}"}}
+subprocess.run([sys.executable, "-c", {worker!r}], check=True)
+"""
+    variables = environment()
+    del variables["OMP_NUM_THREADS"]
+    done = subprocess.run(
+        [sys.executable, "-c", torchrun], env=variables | started_with, capture_output=True, text=True
+    )
+    cores = len(os.sched_getaffinity(0))
+    assert done.stdout == f"{max(1, cores // share) if share else 1}\n", done.stderr
 
 
 @pytest.fixture(scope="session")
