@@ -82,7 +82,7 @@ def bench_data(
         index_samples: entries of the index that is built for comparison.
 
     Returns:
-        What is written as JSON: recipe, stage, figures, index, interleave, machine, versions, code.
+        What is written as JSON: recipe, stage, figures, index, interleave, machine, load, versions, code.
 
     Raises:
         UserError: there is no such recipe or stage.
@@ -276,10 +276,11 @@ def building(plan: Plan, stage: str) -> dict[str, Any]:
 
 
 def surroundings() -> dict[str, Any]:
-    """The machine, the versions and the code that a measurement belongs to."""
+    """The machine and its load (processes that ran in the last minute), versions and code of a measurement."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "memory": pages, "system": platform.platform()},
+        "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "code": code_revision(),
     }
@@ -311,7 +312,7 @@ def show(result: dict[str, Any], figures: list[Figure], index: list[IndexCost], 
     versions, code = result["versions"], result["code"]
     console.print(
         "The index: the greedy largest-error rule, in pure Python on one core. A compiled helper, as Megatron-LM has, "
-        f"takes less time and as many bytes.\n{result['machine']['processor']}, one process, one thread; Python "
+        f"takes less time and as many bytes.\n{result['machine']['processor']}, one thread, load {result['load']:.1f}; Python "
         f"{versions['python']}, NumPy {versions['numpy']}; code {code['revision'] or 'outside git'}"
         f"{', with changes' if code['changed'] else ''}.", highlight=False,
     )  # fmt: skip

@@ -33,7 +33,7 @@ from recipes.report import heldout_losses, write_report
 from recipes.run import RUN_FILE, TOKENIZER, Run, freeze, runs_folder
 from recipes.show import show_audits, stages_table
 
-TOKENS_PER_MINUTE = 240_000
+TOKENS_PER_MINUTE = 200_000
 """Training tokens for each minute of `--minutes`: a constant, so that the same arguments give the same run on any
 machine. Chosen for two cores, of whose ten minutes training gets about half."""
 SEQUENCE_LENGTH, MICRO_BATCH, SEQUENCES_PER_STEP = 256, 8, 16

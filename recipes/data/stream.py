@@ -148,6 +148,7 @@ class SourceStream:
         """Tokens after which an epoch ends."""
         self._file: Callable[[int], Tokens] = lru_cache(OPEN_FILES)(partial(_map_file, manifest))
         self._order: Callable[[int], Permutation] = lru_cache(2)(partial(_order, self.blocks, seed, manifest.source))
+        self._latest = 0, self._find(0)  # The samples of a block are mostly wanted one after another.
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles what it was made from, not the maps: another process opens the files itself."""
@@ -208,11 +209,19 @@ class SourceStream:
         """
         if isinstance(offset, np.ndarray):
             return self._locate_array(offset)
-        epoch, within = divmod(int(offset), self.epoch_tokens)
-        number, position = divmod(within, self.block_tokens)
-        block = self._order(epoch).at(number)
+        number, position = divmod(int(offset), self.block_tokens)
+        latest, (file, start) = self._latest
+        if latest != number:
+            file, start = self._find(number)
+            self._latest = number, (file, start)
+        return file, start + position
+
+    def _find(self, number: int) -> tuple[int, int]:
+        """File and first token of a block, counted from the stream's beginning."""
+        epoch, within = divmod(number, self.blocks)
+        block = self._order(epoch).at(within)
         file = int(self._first_block.searchsorted(block, side="right")) - 1
-        return file, (block - int(self._first_block[file])) * self.block_tokens + position
+        return file, (block - int(self._first_block[file])) * self.block_tokens
 
     def _locate_array(self, offsets: IntArray) -> tuple[IntArray, IntArray]:
         epochs, within = np.divmod(offsets, self.epoch_tokens)

@@ -97,10 +97,10 @@ def make_run(folder: Path, recipe: dict[str, Any] | None = None, **stages: dict[
     return Run.create(folder / "run", load(root / "stages" / "tiny"), folder / "run" / "data", tokenizer)
 
 
-def command(run: Run, stage: str, processes: int) -> list[str]:
-    """The command that trains a stage."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *(launcher if processes > 1 else []), "-m", "recipes.train", str(run.folder), stage]
+def command(run: Run, stage: str, processes: int | None) -> list[str]:
+    """The command that trains a stage: with torchrun, or in one process without it (None)."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(torchrun if processes else []), "-m", "recipes.train", str(run.folder), stage]
 
 
 def environment() -> dict[str, str]:
@@ -108,7 +108,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def start(run: Run, stage: str, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
+def start(run: Run, stage: str, processes: int | None = None, **options: Any) -> subprocess.Popen[str]:
     """Starts training."""
     return subprocess.Popen(
         command(run, stage, processes), env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -116,7 +116,7 @@ def start(run: Run, stage: str, processes: int = 1, **options: Any) -> subproces
     )  # fmt: skip
 
 
-def train(run: Run, stage: str, processes: int = 1, code: int | None = 0, **options: Any) -> tuple[str, str]:
+def train(run: Run, stage: str, processes: int | None = None, code: int | None = 0, **options: Any) -> tuple[str, str]:
     """Trains to the end; returns what it printed. `code` is what is expected of a single process, or of torchrun."""
     process = start(run, stage, processes, **options)
     out, err = process.communicate()
