@@ -305,17 +305,23 @@ def show(result: dict[str, Any], figures: list[Figure], index: list[IndexCost], 
     plan = result["interleave"]
     usual = Table("samples", "seconds", "bytes", "", title="an index built up front", box=SIMPLE_HEAD)
     for cost in index:
-        how = "built" if cost.measured else "extrapolated"
-        usual.add_row(f"{cost.samples:,}", f"{cost.seconds:,.1f}", bytes_of(cost.bytes), how)
+        built = "built" if cost.seconds < INDEX_SECONDS else f"built until {INDEX_SECONDS} s were over"
+        usual.add_row(
+            f"{cost.samples:,}",
+            f"{cost.seconds:,.1f}",
+            bytes_of(cost.bytes),
+            built if cost.measured else "extrapolated",
+        )
     usual.add_row("any number", f"{plan['seconds']:.3f}", bytes_of(plan["bytes"]), "the plan's interleaving, built")
     console.print(usual)
     versions, code = result["versions"], result["code"]
+    changed = ", with changes" if code["changed"] else ""
     console.print(
         "The index: the greedy largest-error rule, in pure Python on one core. A compiled helper, as Megatron-LM has, "
-        f"takes less time and as many bytes.\n{result['machine']['processor']}, one thread, load {result['load']:.1f}; Python "
-        f"{versions['python']}, NumPy {versions['numpy']}; code {code['revision'] or 'outside git'}"
-        f"{', with changes' if code['changed'] else ''}.", highlight=False,
-    )  # fmt: skip
+        f"takes less time and as many bytes.\n{result['machine']['processor']}, one thread, load {result['load']:.1f}; "
+        f"Python {versions['python']}, NumPy {versions['numpy']}; code {code['revision'] or 'outside git'}{changed}.",
+        highlight=False,
+    )
 
 
 def _value(value: float, unit: str) -> str:

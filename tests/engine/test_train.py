@@ -231,9 +231,10 @@ def test_a_worker_that_outlives_torchrun_stops_and_the_next_start_waits_for_it(t
     process.send_signal(signal.SIGUSR1)  # torchrun dies of it
     process.wait()
     again = start(run, "stage1")
-    wait_for(lambda: state(run, "stage1")["state"] == "stopped", again)
-    assert state(run, "stage1")["reason"] == "SIGTERM"
-    first = state(run, "stage1")["step"]
+    stopped: dict[str, Any] = {}
+    wait_for(lambda: stopped.update(state(run, "stage1")) or stopped["state"] == "stopped", again)
+    assert stopped["reason"] == "SIGTERM"
+    first = stopped["step"]
     wait_for(lambda: max(losses(run, "stage1")) > first, again)
     again.send_signal(signal.SIGINT)
     out, _ = again.communicate()
