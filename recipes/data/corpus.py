@@ -51,27 +51,29 @@ _TEACHING = re.compile(
 class Kind:
     """How a source's documents are chosen."""
 
-    pool: str
-    """prose, code, formulas, problems, lessons or books."""
+    pools: tuple[str, ...]
+    """Of prose, code, formulas, problems, lessons and books; one part of each, all of the same size."""
     column: str = "text"
     best: bool = False
     """Only what the educational-style score, or for code the share of documentation, finds good."""
 
 
+WEB_MATH = ("formulas", "problems")
 KINDS = {
-    "fineweb-edu": Kind("prose", best=True), "dclm": Kind("prose"), "dclm-edu": Kind("prose", best=True),
-    "fineweb-edu-long": Kind("books", best=True), "dclm-long": Kind("books"), "dolma-books": Kind("books"),
-    "starcoderdata": Kind("code", "content"), "stack-edu": Kind("code", "content", best=True),
-    "open-web-math": Kind("formulas"), "infimm-webmath": Kind("formulas", "text_list"),
-    "finemath-3plus": Kind("problems"), "finemath-4plus": Kind("problems"), "auggsm8k": Kind("problems"),
+    "fineweb-edu": Kind(("prose",), best=True), "dclm": Kind(("prose",)), "dclm-edu": Kind(("prose",), best=True),
+    "fineweb-edu-long": Kind(("books",), best=True), "dclm-long": Kind(("books",)), "dolma-books": Kind(("books",)),
+    "starcoderdata": Kind(("code",), "content"), "stack-edu": Kind(("code",), "content", best=True),
+    "infimm-webmath": Kind(WEB_MATH, "text_list"),
+    "finemath-3plus": Kind(("problems",)), "finemath-4plus": Kind(("problems",)), "auggsm8k": Kind(("problems",)),
 }  # fmt: skip
+DEFAULTS = {"web": Kind(("prose",)), "code": Kind(("code",)), "math": Kind(WEB_MATH), "synthetic": Kind(("lessons",))}
 MINED = ("prose", "code", "formulas", "books")
-DEFAULTS = {"web": Kind("prose"), "code": Kind("code"), "math": Kind("formulas"), "synthetic": Kind("lessons")}
 
 
-def kind_of(source: str, domain: str) -> Kind:
-    """What a source is made of: its own kind, or its domain's."""
-    return KINDS.get(source, DEFAULTS.get(domain, DEFAULTS["web"]))
+def kind_of(name: str, kinds: Mapping[str, str]) -> Kind:
+    """What a source, or `heldout/<domain>`, is made of: its own kind, or its domain's."""
+    domain = name.removeprefix("heldout/") if name.startswith("heldout/") else kinds[name]
+    return KINDS.get(name, DEFAULTS.get(domain, DEFAULTS["web"]))
 
 
 def build_corpora(
@@ -96,8 +98,7 @@ def build_corpora(
     shutil.rmtree(out, ignore_errors=True)
     gathered = _gather(wanted, seed, kinds, progress)
     for name, documents in gathered.items():
-        kind = Kind("") if name.startswith("heldout/") else kind_of(name, kinds[name])
-        _write(out / name, documents, kind)
+        _write(out / name, documents, kind_of(name, kinds))
     counts = {name: sum(map(len, documents)) for name, documents in gathered.items()}
     write_json(out / DONE, {"arguments": arguments, "characters": counts})
     return counts
@@ -145,16 +146,11 @@ def _gather(
     wanted: Mapping[str, int], seed: int, kinds: Mapping[str, str], progress: Callable[[int], object]
 ) -> dict[str, list[str]]:
     """Deals documents, each new one to the target of its pool that is emptiest."""
-    targets = []
-    for name, size in wanted.items():
-        domain = name.removeprefix("heldout/") if name.startswith("heldout/") else kinds[name]
-        kind = DEFAULTS.get(domain, DEFAULTS["web"]) if name.startswith("heldout/") else kind_of(name, domain)
-        for pool in (kind.pool, "problems") if name == "heldout/math" else (kind.pool,):
-            share = size // 2 if name == "heldout/math" else size
-            targets.append(_Target(name, Kind(pool, best=kind.best), share))
     by_pool: dict[str, list[_Target]] = defaultdict(list)
-    for target in targets:
-        by_pool[target.kind.pool].append(target)
+    for name, size in wanted.items():
+        kind = kind_of(name, kinds)
+        for pool in kind.pools:
+            by_pool[pool].append(_Target(name, kind, size // len(kind.pools)))
     seen: set[bytes] = set()
     for document in _documents(seed, by_pool):
         takers = [t for t in by_pool[document.pool] if t.takes(document.good)]
@@ -164,7 +160,7 @@ def _gather(
             taker.characters += len(document.text)
             progress(len(document.text))
     result: dict[str, list[str]] = {name: [] for name in wanted}
-    for target in targets:
+    for target in (target for pool in by_pool.values() for target in pool):
         result[target.name] += target.documents
     return result
 
