@@ -22,7 +22,7 @@ from recipes.audit import StageAudit, audit
 from recipes.data.corpus import build_corpora, iter_texts
 from recipes.data.manifest import Manifest
 from recipes.data.tokenize import tokenize, train_tokenizer
-from recipes.engine.checkpoint import prune
+from recipes.engine.checkpoint import prune, steps
 from recipes.errors import UserError
 from recipes.files import append_line, read_lines, write_atomic, write_json
 from recipes.lint import checked_plan
@@ -242,8 +242,9 @@ def train_stage(run: Run, stage: StagePlan, settings: Settings, console: Console
     events = run.folder / "events.jsonl"
     if kill and not any(e["event"] == "killed" for e in read_lines(events)) and last_step(run, stage.name) < middle:
         step = launch(run, stage, settings, console, stop_at=middle)
-        append_line(events, {"event": "killed", "stage": stage.name, "step": step, "time": time.time()}, sync=True)
-        console.print(f"  SIGKILL after step {step}; starting again", style="yellow", highlight=False)
+        saved = max([stage.start_step, *steps(run.checkpoints(stage.name))])
+        append_line(events, {"event": "killed", "stage": stage.name, "step": step, "checkpoint": saved}, sync=True)
+        console.print(f"  SIGKILL after step {step}; starting again from step {saved}", style="yellow", highlight=False)
     if finished(run, stage):
         return
     launch(run, stage, settings, console)

@@ -60,7 +60,7 @@ schedule: {peak_lr: PEAK, min_lr: 0, warmup_steps: 2_000, decay_start_step: STAR
     [
         ("5.0e-4", "4_716_000", None),
         ("5.0e-4", "3_000_000", "stage3: the learning rate jumps from stage2's"),
-        ("4.0e-4", "4_716_000", "stage2: a peak_lr other than stage1's is ignored by Nanotron 0.4"),
+        ("4.0e-4", "4_716_000", "stage2: the learning rate jumps from stage1's 0.0005 to 0.0004"),
     ],
 )
 def test_learning_rate_is_continuous_across_stages(tree: Path, peak: str, start: str, expected: str | None) -> None:
