@@ -141,7 +141,8 @@ def _events(run: Run) -> str:
     lines = []
     for event in _events_of(run):
         if event["event"] == "killed":
-            text = f"{event['stage']}: killed with SIGKILL after step {event['step']}, resumed from step {event['checkpoint']}"
+            steps = f"after step {event['step']}, resumed from step {event['checkpoint']}"
+            text = f"{event['stage']}: killed with SIGKILL {steps}"
         else:
             text = f"finished after {event['seconds']:.0f} s"
         lines.append(f"<li>{html.escape(text)}</li>")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -67,7 +68,7 @@ def assert_same(run: Run, other: Run) -> None:
         assert total(run, stage) == total(other, stage)
         heldout = [json.loads((r.stage_folder(stage) / "heldout.json").read_text()) for r in (run, other)]
         assert heldout[0] == heldout[1] or heldout[0] == {"start": {}, "end": {}}
-    assert_same_tensors(run.checkpoints("stage2") / "24", other.checkpoints("stage2") / "24")
+    assert_same_tensors(run.checkpoints("stage2") / "23", other.checkpoints("stage2") / "23")
 
 
 def assert_same_tensors(folder: Path, other: Path) -> None:
@@ -92,7 +93,7 @@ def total(run: Run, stage: str) -> tuple[dict[str, int], int]:
 
 
 def test_an_undisturbed_run_trains_and_writes_what_it_should(undisturbed: Run) -> None:
-    assert [steps(undisturbed.checkpoints(stage)) for stage in ("stage1", "stage2")] == [[4, 8, 12], [16, 20, 24]]
+    assert [steps(undisturbed.checkpoints(stage)) for stage in ("stage1", "stage2")] == [[4, 8, 12], [16, 20, 23]]
     for stage in ("stage1", "stage2"):
         assert state(undisturbed, stage) | {"reason": None} == {
             "stage": stage, "state": "finished", "step": undisturbed.plan.stage(stage).end_step, "exit_code": 0,
@@ -100,9 +101,9 @@ def test_an_undisturbed_run_trains_and_writes_what_it_should(undisturbed: Run) -
         }  # fmt: skip
         for line in metrics(undisturbed, stage):
             assert set(line["seconds"]) == {"data", "step", "checkpoint"} and line["mfu"] is None
-            assert (line["seconds"]["checkpoint"] > 0) == (line["step"] % 4 == 0)
+            assert (line["seconds"]["checkpoint"] > 0) == (line["step"] in (4, 8, 12, 16, 20, 23))
             assert line["tokens_per_s"] > 0 and line["grad_norm"] > 0
-    assert losses(undisturbed, "stage2")[24] < losses(undisturbed, "stage1")[1] - 1
+    assert losses(undisturbed, "stage2")[23] < losses(undisturbed, "stage1")[1] - 1
 
 
 def test_each_step_has_the_plans_rate_also_after_a_resume(undisturbed: Run) -> None:
@@ -116,8 +117,8 @@ def test_each_step_has_the_plans_rate_also_after_a_resume(undisturbed: Run) -> N
 def test_tokens_are_counted_right_across_a_change_of_sequence_length(undisturbed: Run) -> None:
     for stage in ("stage1", "stage2"):
         assert all(line["tokens"] == 256 * line["step"] for line in metrics(undisturbed, stage))
-    done = json.loads((undisturbed.checkpoints("stage2") / "24" / "checkpoint_metadata.json").read_text())
-    assert done["metas"] == {"last_train_step": 24, "consumed_train_samples": 12 * 8 + 12 * 4}
+    done = json.loads((undisturbed.checkpoints("stage2") / "23" / "checkpoint_metadata.json").read_text())
+    assert done["metas"] == {"last_train_step": 23, "consumed_train_samples": 12 * 8 + 11 * 4}
 
 
 def test_the_ledger_is_the_plan_down_to_the_content_of_every_sample(undisturbed: Run) -> None:
@@ -225,22 +226,23 @@ def test_one_signal_stops_all_processes_with_a_checkpoint(tmp_path: Path, to_one
 
 
 def test_a_worker_that_outlives_torchrun_stops_and_the_next_start_waits_for_it(tmp_path: Path) -> None:
-    run = make_run(tmp_path, stage1={"end_step": 2000}, stage2={"end_step": 2001})
+    endless = {"checkpoints": {"interval": 10_000}}
+    run = make_run(tmp_path, endless, stage1={"end_step": 2000}, stage2={"end_step": 2001})
     process = start(run, "stage1", 1)
     wait_for(trained(run, "stage1", 2), process)
-    process.send_signal(signal.SIGUSR1)  # torchrun dies of it
-    process.wait()
     again = start(run, "stage1")
-    stopped: dict[str, Any] = {}
-    wait_for(lambda: stopped.update(state(run, "stage1")) or stopped["state"] == "stopped", again)
-    assert stopped["reason"] == "SIGTERM"
-    first = stopped["step"]
-    wait_for(lambda: max(losses(run, "stage1")) > first, again)
+    assert again.stdout is not None
+    assert again.stdout.readline() == "another process trains this stage; waiting for it to end\n"
+    process.send_signal(signal.SIGUSR1)  # torchrun dies of it
+    _, err = process.communicate()
+    stopped = re.fullmatch(r"stage1 stopped at step (\d+): SIGTERM", err.splitlines()[-1])
+    assert stopped, err
+    first = int(stopped[1])
+    wait_for(lambda: max([0, *losses(run, "stage1")]) > first, again)
     again.send_signal(signal.SIGINT)
-    out, _ = again.communicate()
-    assert again.returncode == 75 and f"steps {first + 1} to 2,000, after" in out
+    out, err = again.communicate()
+    assert again.returncode == 75 and f"steps {first + 1:,} to 2,000, after" in out, out + err
     assert state(run, "stage1")["reason"] == "SIGINT"
-    process.communicate()
 
 
 def limit(process: subprocess.Popen[str], size: int) -> None:
@@ -276,14 +278,14 @@ def test_a_full_disk_loses_nothing(undisturbed: Run, tmp_path: Path) -> None:
 
 def test_a_damaged_newest_checkpoint_is_passed_over_aloud(undisturbed: Run, tmp_path: Path) -> None:
     run = copy_of(undisturbed, tmp_path)
-    optimizer = next((run.checkpoints("stage2") / "24" / "optimizer").glob("*.pt"))
+    optimizer = next((run.checkpoints("stage2") / "23" / "optimizer").glob("*.pt"))
     content = bytearray(optimizer.read_bytes())
     content[len(content) // 2] ^= 1
     optimizer.write_bytes(content)
     out, _ = train(run, "stage2", 2)
-    assert "passed over, now 24.damaged: " in out and "checksum" in out and "steps 21 to 24, after" in out
+    assert "passed over, now 23.damaged: " in out and "checksum" in out and "steps 21 to 23, after" in out
     assert_same(run, undisturbed)
-    assert steps(run.checkpoints("stage2")) == [16, 20, 24]
+    assert steps(run.checkpoints("stage2")) == [16, 20, 23]
     out, _ = train(run, "stage2")
     assert "stage2 is complete" in out
 

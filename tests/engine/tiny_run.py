@@ -48,7 +48,7 @@ STAGE1 = {
     },
 }
 STAGE2 = {
-    "end_step": 24, "sequence_length": 64, "micro_batch": 2, "rope_theta": 50000.0,
+    "end_step": 23, "sequence_length": 64, "micro_batch": 2, "rope_theta": 50000.0,
     "domains": {"web": {"share": 0.5, "sources": {"prose": 1}}, "code": {"share": 0.5, "sources": {"programs": 1}}},
 }  # fmt: skip
 
