@@ -15,9 +15,10 @@ from recipes.errors import UserError
 
 app = typer.Typer(
     name="smol", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
-    help="SmolLM2 on Nanotron: recipes, their data plan, and a rehearsal of the whole run.",
+    help="SmolLM2 on Nanotron: recipes, their data plan, and a rehearsal of the whole run.\n\n"
+         "Example: smol plan smollm2-1.7b",
 )  # fmt: skip
-bench = typer.Typer(no_args_is_help=True, help="Benchmarks: they print what they measure.")
+bench = typer.Typer(no_args_is_help=True, help="Benchmarks: they print what they measure.\n\nExample: smol bench data")
 app.add_typer(bench, name="bench")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe below stages/, or the path of a recipe.yaml.")]
@@ -97,6 +98,8 @@ def tokenize(
     text: Annotated[str, typer.Option(help="Column of the text; a list of texts is joined.")] = "text",
     end_of_text: Annotated[str, typer.Option(help="Token that ends every document.")] = "<|endoftext|>",
     workers: Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on them.")] = 1,
+    glob: Annotated[str | None, typer.Option(help="Only input files whose path below DATA matches.")] = None,
+    max_tokens_per_file: Annotated[int | None, typer.Option(min=1, help="Start a new file after this many.")] = None,
 ) -> None:
     """Turn documents into token files and a manifest. Interrupted, it goes on where it was.
 
@@ -107,9 +110,31 @@ def tokenize(
     from recipes.show import amount, bytes_of
 
     path = resolve_tokenizer(tokenizer)
-    made = run(out.name, data, out, path, end_of_text, text=text, workers=workers)
+    made = run(out.name, data, out, path, end_of_text, text, workers, max_tokens_per_file, glob=glob)
     size = made.tokens * made.token_bytes
     print(f"{out}: {made.documents:,} documents, {amount(made.tokens)} tokens, {bytes_of(size)}")
+
+
+@app.command()
+def create(
+    run: Annotated[str, typer.Argument(help="The new run's name below runs/, or its folder.")],
+    recipe: RecipeArgument = "smollm2-1.7b",
+    data: Annotated[Path, typer.Option(help="Folder of the tokenised sources, a folder each.")] = Path("data"),
+    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer.json; the recipe's if left out.")] = None,
+) -> None:
+    """Freeze a recipe, its tokenizer and its plan into a run folder, ready for torchrun.
+
+    Example: smol create first-try smollm2-135m --data data
+    """
+    from recipes.data.tokenize import resolve_tokenizer
+    from recipes.loader import load
+    from recipes.run import Run, runs_folder
+
+    loaded = load(recipe)
+    folder = runs_folder() / run if len(Path(run).parts) == 1 else Path(run)
+    made = Run.create(folder, loaded, data, resolve_tokenizer(tokenizer or loaded.tokenizer.name))
+    ranks = f"{loaded.parallelism.gpus} processes in all"
+    print(f"{made.folder}: start with torchrun … -m recipes.train {made.folder} {loaded.stages[0].name} ({ranks})")
 
 
 @app.command()

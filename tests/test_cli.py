@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,21 +9,35 @@ import pytest
 from typer.testing import CliRunner
 
 from recipes.cli import app
+from recipes.run import Run
 
-VERBS = [["lint"], ["plan"], ["tokenize"], ["verify"], ["audit"], ["report"], ["rehearse"], ["bench", "data"]]
+VERBS = [
+    [],
+    ["lint"],
+    ["plan"],
+    ["tokenize"],
+    ["create"],
+    ["verify"],
+    ["audit"],
+    ["report"],
+    ["rehearse"],
+    ["bench"],
+    ["bench", "data"],
+]
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_every_verb_has_help_with_an_example(verb: list[str]) -> None:
     done = CliRunner().invoke(app, [*verb, "--help"])
     assert done.exit_code == 0
-    assert f"Example: smol {' '.join(verb)}" in done.output
+    assert f"Example: smol {' '.join(verb)}".rstrip() in done.output
 
 
 def smol(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).resolve().parent.parent
     command = [sys.executable, "-m", "recipes.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or root)
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or root, env=environment)
 
 
 @pytest.mark.parametrize(
@@ -49,3 +64,14 @@ def test_lint_of_all_recipes_is_clean() -> None:
     assert done.returncode == 0
     for name in ("smollm2-1.7b", "smollm2-360m", "smollm2-135m"):
         assert f"{name}: 0 errors" in done.stdout
+
+
+def test_create_freezes_a_recipe(tree: Path) -> None:
+    (tree / "tokenizer.json").write_text('{"model": {"vocab": {}}, "added_tokens": []}')
+    done = smol("create", "first", "smollm2-135m", "--tokenizer", "tokenizer.json", cwd=tree)
+    assert done.returncode == 0, done.stderr
+    assert "-m recipes.train" in done.stdout and "stage1 (64 processes in all)" in done.stdout
+    run = Run.load(tree / "runs" / "first")
+    assert run.plan.parameters == 134_515_008 and run.data("dclm-edu") == (tree / "data" / "dclm-edu")
+    again = smol("create", "first", "smollm2-135m", "--tokenizer", "tokenizer.json", cwd=tree)
+    assert again.returncode == 2 and "there is a run here already" in again.stderr
