@@ -99,7 +99,20 @@ def test_families_count_overlaps(big: Plan) -> None:
     infimm = next(f for f in big.families if f.name == "infimm-webmath")
     assert infimm.sources == ("infimm-webmath", "infiwebmath-3plus")
     assert infimm.unique_tokens == 40 * 10**9
-    assert infimm.epochs == pytest.approx((160e9 + 0.095 * 989.1e9) / 40e9, rel=1e-3)
+    assert infimm.epochs == infimm.epochs_run == pytest.approx((160e9 + 0.095 * 989.1e9) / 40e9, rel=1e-3)
+    in_stage4 = next(f for f in big.stage("stage4").families if f.name == "infimm-webmath")
+    assert in_stage4.epochs == pytest.approx(0.095 * 989.1e9 / 40e9, rel=1e-3)
+    assert in_stage4.epochs_run == infimm.epochs and in_stage4.sources == ("infiwebmath-3plus",)
+
+
+def test_a_branch_of_an_earlier_stage_knows_nothing_of_the_later_ones(tree: Path) -> None:
+    path = tree / "stages" / "smollm2-1.7b" / "long-context.yaml"
+    path.write_text(path.read_text().replace("stage: stage4", "stage: stage2"))
+    plan = make_plan(load("smollm2-1.7b", tree))
+    branch, trunk = plan.branches[0], plan.stage("stage2")
+    assert trunk.start_step < branch.start_step < trunk.end_step
+    assert branch.offsets["stack-edu"] == 0
+    assert trunk.offsets["dclm"] < branch.offsets["dclm"] < plan.stage("stage3").offsets["dclm"]
 
 
 SHARES = st.lists(st.integers(1, 400), min_size=1, max_size=4).map(lambda w: [Fraction(x, sum(w)) for x in w])

@@ -96,6 +96,15 @@ def test_a_build_that_was_killed_is_made_again_and_a_finished_one_is_kept(built:
     assert sorted(p.name for p in torn.iterdir()) == ["auggsm8k", corpus.DONE]
 
 
+def test_a_code_file_with_a_docstring_that_was_dealt_before_is_left_out() -> None:
+    docstring = "Joins the parts of a path, which is what a program needs in order to name a file in a folder. " * 3
+    seen: set[bytes] = set()
+    assert corpus._is_new(corpus._Document("prose", docstring, True), seen)
+    code = corpus._Document("code", f'"""{docstring}"""\nimport os\n', True, (docstring,))
+    assert not corpus._is_new(code, seen)
+    assert corpus._is_new(corpus._Document("code", "import os\n" * 40, True), seen)
+
+
 def test_word_problems_are_right() -> None:
     problems = lessons.word_problems(Random(3))
     for text in (next(problems) for _ in range(300)):
