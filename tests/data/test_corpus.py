@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from random import Random
@@ -103,6 +104,8 @@ def test_a_code_file_with_a_docstring_that_was_dealt_before_is_left_out() -> Non
     code = corpus._Document("code", f'"""{docstring}"""\nimport os\n', True, (docstring,))
     assert not corpus._is_new(code, seen)
     assert corpus._is_new(corpus._Document("code", "import os\n" * 40, True), seen)
+    mined = corpus._mined(1, lambda pool: pool == "code")
+    assert any(d.parts for d in itertools.islice((d for d in mined if d.pool == "code"), 40))
 
 
 def test_word_problems_are_right() -> None:
