@@ -41,7 +41,7 @@ VOCAB_SIZE = 4096
 BLOCK_TOKENS = 4 * SEQUENCE_LENGTH
 """As in the real recipe: four sequences."""
 CHECKPOINTS_PER_STAGE = 3
-"""Of an eleventh of the run, the shortest of the 1.7B's stages."""
+"""In the shortest one."""
 CHARACTERS_PER_TOKEN = 3.3
 """Of the 4,096-entry tokenizer, about; it only sets how much text is gathered."""
 LEAST_CHARACTERS = 400_000
@@ -202,7 +202,8 @@ def write_overlay(settings: Settings, base: Recipe, folder: Path, manifests: dic
     per_step = SEQUENCE_LENGTH * SEQUENCES_PER_STEP
     micro_batch = min(MICRO_BATCH, SEQUENCES_PER_STEP // settings.nproc)
     heads = MODEL["hidden"] // HEAD_DIM
-    interval = max(1, tokens // per_step // (CHECKPOINTS_PER_STAGE * 11))
+    shortest = min(stage.end_step - stage.start_step for stage in base.stages) * base.tokens_per_step
+    interval = max(1, shortest * tokens // total // per_step // CHECKPOINTS_PER_STAGE)
     kv_heads = max(1, heads * base.model.kv_heads // base.model.heads)
     overlay: dict[str, Any] = {
         "name": overlay_name(base), "extends": base.name, "scale": f"{tokens}/{total}", "seed": settings.seed,
