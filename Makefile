@@ -17,8 +17,8 @@ test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(READY)
-	$(BIN)/ruff check recipes tests
-	$(BIN)/ruff format --check recipes tests
+	$(BIN)/ruff check recipes eval tests
+	$(BIN)/ruff format --check recipes eval tests
 	$(BIN)/mypy
 
 # The marker is made last: a set-up that was interrupted starts again.
