@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -128,33 +128,51 @@ def scorecard_path(subject: Subject, suite: str, options: Options) -> Path:
     return scores_folder(subject, options) / f"{subject.name}{suffix}.json"
 
 
-def evaluate(subject: Subject, suite: Suite, options: Options, console: Console) -> Scorecard:
-    """Runs what has no result yet and writes the scorecard; returns it.
+def evaluate(
+    subject: Subject, suite: Suite, options: Options, console: Console, only: Sequence[str] = ()
+) -> Scorecard | None:
+    """Runs what has no result yet and writes the scorecard as soon as no benchmark is missing; returns it.
+
+    Args:
+        only: run no others; several processes may so share a suite.
 
     Raises:
         UserError: the checkpoint, the data or the arguments are wrong; nothing was run.
         Incomplete: benchmarks crashed.
         KeyboardInterrupt: finished results are kept.
     """
-    if "humaneval" in suite.benchmarks and not options.allow_code:
-        fix = "add --allow-code (docs/evaluation.md says what shields the machine), or take a suite without it"
-        raise UserError("humaneval runs programs that the model has written", fix)
-    for name in suite.benchmarks:
-        tasks.check_data(name, options.data_root)
+    names = list(only or suite.benchmarks)
+    check(suite, names, options)
     keys = {name: _key(subject, suite, name, options) for name in suite.benchmarks}
-    with _locked(subject.work):
-        missing = [name for name, key in keys.items() if _finished(subject, suite, name, key) is None]
+    with contextlib.ExitStack() as locks:
+        for name in names:
+            locks.enter_context(_locked(_file(subject, suite, name, ".lock"), f"{name} of this checkpoint"))
+        missing = [name for name in names if _finished(subject, suite, name, keys[name]) is None]
         if missing:
             _run_all(subject, suite, missing, keys, options, console)
-        found = {name: _finished(subject, suite, name, key) for name, key in keys.items()}
-    if crashed := [name for name, result in found.items() if result is None]:
-        logs = "\n".join(f"  {name}: {_last_line(log)} ({log})" for name in crashed
-                         if (log := _file(subject, suite, name, ".log")))  # fmt: skip
-        raise Incomplete(f"{len(crashed)} of {len(found)} benchmarks crashed, the others' results are kept; "
-                         f"the same command runs these again:\n{logs}")  # fmt: skip
-    card = _scorecard(subject, suite, {name: result for name, result in found.items() if result is not None})
+    found = {name: _finished(subject, suite, name, key) for name, key in keys.items()}
+    if crashed := [name for name in names if found[name] is None]:
+        logs = {name: _file(subject, suite, name, ".log") for name in crashed}
+        told = "".join(f"\n  {name}: {_last_line(log)} ({log})" for name, log in logs.items())
+        kept = "the others' results are kept, and the same command runs only these again"
+        raise Incomplete(f"{len(crashed)} of {len(names)} benchmarks crashed; {kept}:{told}")
+    results = {name: result for name, result in found.items() if result is not None}
+    if len(results) < len(found):
+        return None
+    card = _scorecard(subject, suite, results)
     card.save(scorecard_path(subject, suite.name, options))
     return card
+
+
+def check(suite: Suite, names: Sequence[str], options: Options) -> None:
+    """Raises UserError for a benchmark that the suite lacks, data that is missing or wrong, and code not allowed."""
+    for name in names:
+        if name not in suite.benchmarks:
+            raise UserError(f"{suite.name} has no benchmark '{name}'", f"name one of {', '.join(suite.benchmarks)}")
+        if name == "humaneval" and not options.allow_code:
+            fix = "add --allow-code (docs/evaluation.md says what shields the machine), or take a suite without it"
+            raise UserError("humaneval runs programs that the model has written", fix)
+        tasks.check_data(name, options.data_root)
 
 
 def model_folder(subject: Subject) -> Path:
@@ -164,10 +182,11 @@ def model_folder(subject: Subject) -> Path:
     from recipes.engine.convert import to_transformers
 
     model = subject.work / "model"
-    conversion = model / CONVERSION
-    if model.exists() and json.loads(conversion.read_text(encoding="utf-8")).get("manifest") != subject.hash:
-        shutil.rmtree(model)  # of an earlier training of the same step
-    return to_transformers(subject.path, model)
+    with _locked(subject.work / "model.lock", "this checkpoint", wait=True):
+        note = model / CONVERSION
+        if model.exists() and json.loads(note.read_text(encoding="utf-8")).get("manifest") != subject.hash:
+            shutil.rmtree(model)  # of an earlier training of the same step
+        return to_transformers(subject.path, model)
 
 
 # ------------------------------------------------------------------ results
@@ -302,18 +321,18 @@ def _last_line(log: Path) -> str:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second evaluation of the same checkpoint out.
+def _locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Keeps a second evaluation of the same thing out, or lets it wait.
 
     Raises:
-        UserError: there is one.
+        UserError: there is one, and it is not to be waited for.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError("this checkpoint is being evaluated already", "wait for that to end", folder) from None
+            raise UserError(f"{what} is being evaluated already", "wait for that to end", path.parent) from None
         yield
 
 

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -92,32 +93,34 @@ def _cell(result: Result | None, before: Result | None) -> str:
     return text + (" [bold]▲[/]" if z > SIGNIFICANT else " [bold]▼[/]" if z < -SIGNIFICANT else "  ")
 
 
-def picture(cards: Sequence[Scorecard], path: Path) -> Path:
-    """Draws every benchmark's score with twice its standard error over tokens; SVG or PNG by the name's end."""
-    from matplotlib.figure import Figure
-
+def draw_scores(cards: Sequence[Scorecard]) -> Figure:
+    """Every benchmark's score with twice its standard error over tokens, one small picture a benchmark."""
     names = list(dict.fromkeys(name for card in cards for name in card.benchmarks))
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.1 * columns, 2.3 * rows), layout="constrained")
+    figure = Figure(figsize=(9.5, 2.3 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    for place, axes in enumerate(grid.flat):
-        axes.set_visible(place < len(names))
-        if place < len(names):
-            have = [card for card in cards if names[place] in card.benchmarks]
-            results = [card.benchmarks[names[place]] for card in have]
-            axes.errorbar(
-                [card.tokens for card in have], [r.score.value for r in results],
-                [SIGNIFICANT * r.score.stderr for r in results], marker="o", markersize=3, capsize=2, linewidth=1,
-            )  # fmt: skip
-            axes.set_title(f"{names[place]} ({results[0].metric})", fontsize=9)
-            axes.xaxis.set_major_formatter(lambda tokens, _: amount(tokens))
-            axes.tick_params(labelsize=7)
-            axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    for name, axes in zip(names, grid.flat, strict=False):
+        have = [card for card in cards if name in card.benchmarks]
+        results = [card.benchmarks[name] for card in have]
+        axes.errorbar(
+            [card.tokens for card in have], [r.score.value for r in results],
+            [SIGNIFICANT * r.score.stderr for r in results], marker="o", markersize=3, capsize=2, linewidth=1,
+        )  # fmt: skip
+        axes.set_title(f"{name} ({results[0].metric})", fontsize=9)
+        axes.xaxis.set_major_formatter(lambda tokens, _: amount(tokens))
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("tokens trained; bars are two standard errors", fontsize=8)
+    return figure
+
+
+def picture(cards: Sequence[Scorecard], path: Path) -> Path:
+    """Writes `draw_scores` as a PNG."""
     buffer = io.BytesIO()
-    form = path.suffix.lstrip(".") or "png"
-    figure.savefig(buffer, format=form, metadata={"Date": None} if form == "svg" else None, dpi=150)
+    draw_scores(cards).savefig(buffer, format="png", dpi=150)
     write_atomic(path, buffer.getvalue())
     return path
 

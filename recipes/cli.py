@@ -198,27 +198,125 @@ def report(run: RunArgument) -> None:
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run's checkpoint, or a transformers folder.")],
+    out: Annotated[Path, typer.Argument(help="The new folder.")],
+    to: Annotated[str, typer.Option(help="transformers, or nanotron.")] = "transformers",
+    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; the run's if left out.")] = None,
+) -> None:
+    """Turn a checkpoint into transformers' format, or a published Llama into a checkpoint to start from.
+
+    Example: smol convert runs/x/stage4/checkpoints/5240000 model;   smol convert model start --to nanotron
+    """
+    from recipes.engine.convert import to_nanotron, to_transformers
+
+    if to not in ("transformers", "nanotron"):
+        raise UserError(f"--to {to} is no format", "write transformers or nanotron")
+    made = to_nanotron(source, out) if to == "nanotron" else to_transformers(source, out, tokenizer)
+    print(made)
+
+
+@app.command("eval")
+def evaluate(
+    targets: Annotated[list[str], typer.Argument(help="Runs, checkpoints, model folders, or quoted patterns.")],
+    suite: Annotated[str, typer.Option(help="One of eval/suites/, or a file.")] = "between-stages",
+    every: Annotated[str, typer.Option(help="Of a run: stage (each one's newest) or checkpoint (all).")] = "stage",
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each subtask at most.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder of local datasets, instead of the Hub.")] = None,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let HumanEval run what the model wrote.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes, where there is no GPU.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once on a device.")] = 8,
+    scores: Annotated[Path | None, typer.Option(help="Folder of the scorecards.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run this benchmark and no other; may be repeated.")] = None,
+) -> None:
+    """Evaluate checkpoints with lighteval and write scorecards. Interrupted, it goes on where it was.
+
+    Exit code 0: all scorecards are written; 1: a benchmark crashed, the others' results are kept.
+
+    Example: smol eval runs/first-try --every stage;   smol eval 'runs/x/stage1/checkpoints/*' --suite quick
+    """
+    from eval import harness
+    from eval.suite import load_suite
+    from eval.sweep import checkpoints_of, picture, scores_table
+    from recipes.show import wide_console
+
+    if every not in ("stage", "checkpoint"):
+        raise UserError(f"--every {every} is unknown", "write stage or checkpoint")
+    chosen = load_suite(suite) if limit is None else harness.with_limit(load_suite(suite), limit)
+    options = harness.Options(data_root, allow_code, harness.devices(jobs), batch_size, scores)
+    subjects = [harness.subject_of(path) for path in checkpoints_of(targets, every)]
+    console, cards, crashed = wide_console(), [], False
+    for subject in subjects:
+        try:
+            if card := harness.evaluate(subject, chosen, options, console, only or ()):
+                cards.append(card)
+        except harness.Incomplete as error:
+            Console(stderr=True, soft_wrap=True).print("[red]incomplete:[/]", escape(f"{subject.name}: {error}"))
+            crashed = True
+    if cards:
+        console.print(scores_table(cards))
+    if len(cards) > 1:
+        print(picture(cards, harness.scores_folder(subjects[0], options) / f"{chosen.name}.png"))
+    raise typer.Exit(1 if crashed else 0)
+
+
+@app.command()
+def scores(
+    of: Annotated[
+        list[str] | None, typer.Argument(help="Recipes, or scorecards' files or folders; none: published.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="Only this suite's scorecards.")] = None,
+) -> None:
+    """Show scorecards beside the published scores of SmolLM2 by stage and of its peers.
+
+    Example: smol scores smollm2-1.7b
+    """
+    from eval.scorecard import Scorecard, scorecards
+    from eval.sweep import published_beside, scores_table
+    from recipes.loader import find_root
+    from recipes.show import wide_console
+
+    cards = []
+    for name in of or ():
+        path = next((p for p in (Path(name), find_root() / "eval" / "scores" / name) if p.exists()), Path(name))
+        cards += scorecards(path) if path.is_dir() else [Scorecard.load(path)]
+        if not cards:
+            raise UserError("no scorecards here", "evaluate a checkpoint with `smol eval`", path)
+    cards = [card for card in cards if suite in (None, card.suite)]
+    wide_console().print(scores_table(cards, published_beside(cards)))
+
+
+@app.command()
 def rehearse(
     recipe: RecipeArgument = "smollm2-1.7b",
     minutes: Annotated[float, typer.Option(help="About how long it takes on two cores; sets the tokens.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the corpora, the weights and the data's order.")] = 42,
     nproc: Annotated[int, typer.Option(help="Data-parallel processes: 1, 2, 4, 8 or 16.")] = 2,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the corpora and all checkpoints.")] = False,
+    closed_loop: Annotated[
+        bool, typer.Option("--closed-loop", help="Train each next stage on the proposal, not on the recipe's mixture.")
+    ] = False,
+    static: Annotated[
+        bool, typer.Option("--static", help="Train every stage on one mixture of the same tokens, to compare with.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the newest rehearsal, or with the one named.")
     ] = False,
 ) -> None:
-    """Run the whole recipe, small, on this machine: data, four stages, a kill, a resume, an audit, a report.
+    """Run the whole recipe, small, on this machine: data, four stages, a kill, a resume, scores, proposals, a report.
 
     Exit code 0: the data seen is the data planned and every held-out loss fell; 1: not; 2: see the message.
 
     Example: smol rehearse --minutes 5;   after Ctrl-C: smol rehearse --resume
     """
-    from recipes.rehearse import Settings, resumable
+    from recipes.rehearse import Mixtures, Settings, resumable
     from recipes.rehearse import rehearse as run
     from recipes.show import wide_console
 
-    folder, settings = None, Settings(recipe, minutes, seed, nproc, keep)
+    if closed_loop and static:
+        raise UserError("--closed-loop and --static are two different rehearsals", "choose one of them")
+    mixtures: Mixtures = "closed-loop" if closed_loop else "static" if static else "staged"
+    folder, settings = None, Settings(recipe, minutes, seed, nproc, keep, mixtures)
     if resume:
         folder, settings = resumable(None if recipe == "smollm2-1.7b" else recipe)
     raise typer.Exit(0 if run(settings, wide_console(), folder) else 1)

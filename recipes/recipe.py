@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -260,6 +260,19 @@ class Recipe:
             if stage.name == name:
                 return stage
         raise UserError(f"{self.name} has no stage '{name}'", f"name one of {', '.join(s.name for s in stages)}")
+
+    def with_mixture(self, stage: str, mixture: Mixture) -> Recipe:
+        """The recipe with another mixture in one stage.
+
+        Raises:
+            UserError: there is no such stage.
+        """
+        self.stage(stage)
+
+        def changed(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+            return tuple(replace(s, mixture=mixture) if s.name == stage else s for s in stages)
+
+        return replace(self, stages=changed(self.stages), branches=changed(self.branches))
 
 
 def decimal(number: Fraction, signed: bool = False) -> str:

@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import yaml
@@ -18,9 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from recipes import loop
 from recipes.audit import StageAudit, audit
 from recipes.data.corpus import build_corpora, iter_texts
 from recipes.data.manifest import Manifest
+from recipes.data.questions import write_questions
 from recipes.data.tokenize import tokenize, train_tokenizer
 from recipes.engine.checkpoint import prune, steps
 from recipes.errors import UserError
@@ -51,6 +53,8 @@ HELDOUT_CHARACTERS = 240_000
 MODEL = {"layers": 4, "hidden": 128, "ffn": 512, "vocab_size": VOCAB_SIZE}
 HEAD_DIM = 32
 
+Mixtures = Literal["staged", "static", "closed-loop"]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -61,6 +65,8 @@ class Settings:
     seed: int
     nproc: int
     keep: bool
+    mixtures: Mixtures = "staged"
+    """The recipe's own; one mixture of the same tokens in every stage; after stage 1 what the feedback proposes."""
 
 
 def rehearse(settings: Settings, console: Console, folder: Path | None = None) -> bool:
@@ -79,8 +85,11 @@ def rehearse(settings: Settings, console: Console, folder: Path | None = None) -
     try:
         run = prepare(settings, base, folder, console)
         console.print(stages_table(run.plan))
-        for number, stage in enumerate(run.plan.stages):
-            train_stage(run, stage, settings, console, kill=number == min(1, len(run.plan.stages) - 1))
+        stages = run.plan.stages
+        for number, stage in enumerate(stages):
+            train_stage(run, run.plan.stage(stage.name), settings, console, kill=number == min(1, len(stages) - 1))
+            loop.evaluate_stage(run, stage, console)
+            run = loop.propose_next(run, stage, console, adopt=settings.mixtures == "closed-loop")
         audits = audit(run, digests=True)
     except KeyboardInterrupt:
         console.print(f"go on with: smol rehearse --resume {folder.name}", highlight=False)
@@ -116,8 +125,9 @@ def show_recipe(recipe: Recipe, console: Console) -> None:
 
 
 def clean_up(run: Run) -> None:
-    """Removes what only a closer look needs: the corpora, and every checkpoint but the stages' last."""
-    shutil.rmtree(run.folder / "corpora", ignore_errors=True)
+    """Removes what only a closer look needs: the corpora, converted models, every checkpoint but the stages' last."""
+    for folder in (run.folder / "corpora", *run.folder.glob("eval/*/model")):
+        shutil.rmtree(folder, ignore_errors=True)
     for stage in run.plan.stages:
         prune(run.checkpoints(stage.name), 1, 0, set(stage.kept_steps))
 
@@ -167,6 +177,9 @@ def prepare(settings: Settings, base: Recipe, folder: Path, console: Console) ->
         with console.status(f"training a tokenizer of {VOCAB_SIZE:,} entries"):
             texts = (text for name in sizes for text in iter_texts(corpora / name))
             train_tokenizer(texts, VOCAB_SIZE, base.tokenizer.end_of_text, tokenizer)
+    questions = folder / "eval" / "data"
+    if not questions.is_dir():
+        write_questions(corpora / "heldout", questions, settings.seed)
     manifests = tokenize_all(sources, heldout, folder, base.tokenizer.end_of_text, console)
     write_overlay(settings, base, folder, manifests)
     frozen = load(folder / "recipe" / "stages" / overlay_name(base))
@@ -227,6 +240,10 @@ def write_overlay(settings: Settings, base: Recipe, folder: Path, manifests: dic
     freeze(base, recipe)
     _write_yaml(recipe / overlay["sources"], {"sources": registry})
     _write_yaml(recipe / "stages" / overlay_name(base) / "recipe.yaml", overlay)
+    if settings.mixtures == "static":
+        domains = {"domains": loop.static_mixture(checked_plan(base))}
+        for stage in base.stages:
+            _write_yaml(recipe / stage.mixture_file.relative_to(base.root), domains)
 
 
 def _write_yaml(path: Path, data: dict[str, Any]) -> None:

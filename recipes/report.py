@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import json
 import platform
 import statistics
@@ -15,9 +16,13 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from eval.scorecard import scorecards, z_of
+from eval.sweep import draw_scores
 from recipes.audit import StageAudit
 from recipes.files import read_lines, write_atomic
+from recipes.loader import load_mixture
 from recipes.plan import Plan
+from recipes.recipe import Mixture
 from recipes.run import Run
 from recipes.show import amount, epochs_of
 
@@ -29,6 +34,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem } svg { width: 100%; height: auto }
 table { border-collapse: collapse; margin: .6rem 0 } th { text-align: left; font-weight: 600 }
 td, th { padding: .15rem .9rem .15rem 0; border-bottom: 1px solid #e3e3e3 } td.n, th.n { text-align: right }
+pre { font-size: 12px; overflow-x: auto }
 .good { color: #137333 } .bad { color: #b3261e; font-weight: 600 } .note { color: #666 }
 """
 
@@ -41,6 +47,8 @@ def write_report(run: Run, audits: list[StageAudit]) -> Path:
         "<h2>Loss</h2>", _picture(lambda axes: _draw_loss(axes, run, metrics), 3.6),
         "<h2>Learning rate</h2>", _picture(lambda axes: _draw_rate(axes, run.plan, metrics), 2.0),
         "<h2>Held-out loss</h2>", _heldout_table(run),
+        "<h2>Scores</h2>", _scores(run),
+        "<h2>Proposals</h2>", _proposals(run),
         "<h2>Planned mixture</h2>", _picture(lambda axes: _draw_mixture(axes, run.plan), 3.4),
         "<h2>Realised = planned</h2>", _audit_table(run, audits),
         "<h2>Speed</h2>", _picture(lambda axes: _draw_speed(axes, run.plan, metrics), 2.0), _speed_table(metrics),
@@ -113,6 +121,44 @@ def _heldout_table(run: Run) -> str:
     return note + _table(["stage", "domain", "before", "after", ""], rows)
 
 
+def _scores(run: Run) -> str:
+    cards = scorecards(run.folder / "eval" / "scores")
+    if not cards:
+        return "<p class=note>none yet</p>"
+    rows = []
+    for name, first in cards[0].benchmarks.items():
+        results = [card.benchmarks[name].score for card in cards]
+        moved = [z_of(after, before) for before, after in itertools.pairwise(results)]
+        marks = ["", *(" ▲" if z > 2 else " ▼" if z < -2 else "" for z in moved)]
+        cells = [f"{r.value:.2f} ± {r.stderr:.2f}{mark}" for r, mark in zip(results, marks, strict=True)]
+        rows.append([name, first.metric, str(first.score.items), *cells])
+    note = (
+        "<p class=note>± one standard error; ▲ ▼: moved by more than two since the stage before. Bits a byte fall as a "
+        "model learns. The questions are made from held-out text.</p>"
+    )
+    table = _table(["benchmark", "metric", "items", *(card.stage for card in cards)], rows)
+    return note + table + _svg(draw_scores(cards))
+
+
+def _proposals(run: Run) -> str:
+    """Each proposal beside the mixture before it and the one that was used."""
+    parts = []
+    for before, after in itertools.pairwise(run.recipe.stages):
+        path = run.folder / "proposals" / f"{after.name}.yaml"
+        if path.is_file():
+            proposed = load_mixture(path, run.recipe.sources)
+            names = dict.fromkeys([*before.mixture.domains, *proposed.domains, *after.mixture.domains])
+            rows = [[name, *(_share(m, name) for m in (before.mixture, proposed, after.mixture))] for name in names]
+            why = html.escape(path.with_suffix(".md").read_text(encoding="utf-8"))
+            table = _table([f"{after.name}: domain", f"used in {before.name}", "proposed", "used"], rows)
+            parts.append(f"{table}<details><summary>why</summary><pre>{why}</pre></details>")
+    return "".join(parts) or "<p class=note>none yet</p>"
+
+
+def _share(mixture: Mixture, domain: str) -> str:
+    return f"{float(mixture.domains[domain].share):.1%}" if domain in mixture.domains else "–"
+
+
 def _audit_table(run: Run, audits: list[StageAudit]) -> str:
     rows = []
     for found in audits:
@@ -143,6 +189,8 @@ def _events(run: Run) -> str:
         if event["event"] == "killed":
             steps = f"after step {event['step']}, resumed from step {event['checkpoint']}"
             text = f"{event['stage']}: killed with SIGKILL {steps}"
+        elif event["event"] == "adopted":
+            text = f"{event['stage']}: trained on the proposal: {event['mixture']}"
         else:
             text = f"finished after {event['seconds']:.0f} s"
         lines.append(f"<li>{html.escape(text)}</li>")
@@ -158,6 +206,10 @@ def _picture(draw: Callable[[Axes], None], height: float) -> str:
     """What `draw` draws, as SVG inside the page; `height` in inches at a width of 9.5."""
     figure = Figure(figsize=(9.5, height), layout="constrained")
     draw(figure.subplots())
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]

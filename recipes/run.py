@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import UserError
-from recipes.files import write_atomic, write_json
+from recipes.files import read_lines, write_atomic, write_json
 from recipes.lint import checked_plan
-from recipes.loader import find_root, load
+from recipes.loader import find_root, load, load_mixture
 from recipes.plan import Plan
 from recipes.recipe import Recipe
 
 RUN_FILE = "run.json"
 TOKENIZER = "recipe/tokenizer.json"
+ADOPTION = "adoption.json"
+"""A mixture that is being put in another's place."""
 
 
 class Run:
@@ -43,6 +45,7 @@ class Run:
         if not (path / RUN_FILE).is_file():
             names = ", ".join(sorted(p.parent.name for p in runs_folder().glob(f"*/{RUN_FILE}"))[-8:])
             raise UserError(f"this is no run: it has no {RUN_FILE}", f"name one of: {names or '(no runs yet)'}", path)
+        finish_adoption(path)
         run = cls(path)
         run.check_plan()
         return run
@@ -86,6 +89,29 @@ class Run:
             fix = f"use the code the run was created with ({code}), or restore the recipe/ folder"
             raise UserError("the frozen recipe no longer gives this plan", fix, path)
 
+    def has_begun(self, stage: str) -> bool:
+        """Whether the stage has been trained on, if only for a step."""
+        folder = self.stage_folder(stage)
+        return bool(read_lines(folder / "ledger.jsonl")) or any(self.checkpoints(stage).glob("*/manifest.json"))
+
+    def adopt(self, stage: str, mixture: Path) -> Run:
+        """Puts a mixture file in the place of a stage's own, inside this run; returns the run with its new plan.
+
+        Raises:
+            UserError: the stage has begun, its file is another stage's too, or lint refuses the mixture.
+        """
+        target = self.recipe.stage(stage).mixture_file
+        if self.has_begun(stage):
+            fix = "let the run go on with the mixture it has, or start a new run"
+            raise UserError(f"{stage} has begun: its mixture stays", fix, self.stage_folder(stage))
+        users = [s.name for s in (*self.recipe.stages, *self.recipe.branches) if s.mixture_file == target]
+        if users != [stage]:
+            raise UserError(f"{' and '.join(users)} share this mixture file", "give each stage its own", target)
+        checked_plan(self.recipe.with_mixture(stage, load_mixture(mixture, self.recipe.sources)))
+        content = {"file": str(target.resolve().relative_to(self.folder.resolve())), "text": mixture.read_text("utf-8")}
+        write_json(self.folder / ADOPTION, content)
+        return Run.load(self.folder)
+
     @property
     def tokenizer(self) -> Path:
         """The tokenizer.json that the run's data must have been made with."""
@@ -111,6 +137,16 @@ class Run:
     def checkpoints(self, stage: str) -> Path:
         """Where a stage's checkpoints are, one folder a step."""
         return self.stage_folder(stage) / "checkpoints"
+
+
+def finish_adoption(folder: Path) -> None:
+    """Carries out what `Run.adopt` has noted, also after a kill in the middle: the mixture, then the plan of it."""
+    note = folder / ADOPTION
+    if note.is_file():
+        content = json.loads(note.read_text(encoding="utf-8"))
+        write_atomic(folder / content["file"], content["text"])
+        write_json(folder / "plan.json", checked_plan(Run(folder).recipe).as_dict())
+        note.unlink()
 
 
 def _inside(path: Path, folder: Path) -> str:
