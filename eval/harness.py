@@ -172,7 +172,7 @@ def check(suite: Suite, names: Sequence[str], options: Options) -> None:
         if name == "humaneval" and not options.allow_code:
             fix = "add --allow-code (docs/evaluation.md says what shields the machine), or take a suite without it"
             raise UserError("humaneval runs programs that the model has written", fix)
-        tasks.check_data(name, options.data_root)
+        tasks.check_data(name, options.data_root, suite.benchmarks[name].shots)
 
 
 def model_folder(subject: Subject) -> Path:
@@ -198,7 +198,7 @@ def _key(subject: Subject, suite: Suite, name: str, options: Options) -> dict[st
     """Everything a result depends on: another key means another result."""
     benchmark = suite.benchmarks[name]
     return {
-        "checkpoint": subject.hash, "task_file": tasks.task_file_hash(), "seed": suite.seed,
+        "checkpoint": subject.hash, "task_file": tasks.task_file_hash(), "seed": tasks.SEED,
         "shots": benchmark.shots, "limit": benchmark.limit, "data": tasks.data_identity(name, options.data_root),
     }  # fmt: skip
 
@@ -214,7 +214,7 @@ def _scorecard(subject: Subject, suite: Suite, results: dict[str, dict[str, Any]
     some = next(iter(results.values()))
     return Scorecard(
         recipe=subject.recipe, stage=subject.stage, step=subject.step, tokens=subject.tokens, suite=suite.name,
-        seed=suite.seed, checkpoint=subject.hash, task_file=some["key"]["task_file"],
+        seed=tasks.SEED, checkpoint=subject.hash, task_file=some["key"]["task_file"],
         benchmarks={name: _result(suite.benchmarks[name], result) for name, result in results.items()},
         versions=some["versions"], date=max(result["date"] for result in results.values()),
     )  # fmt: skip
@@ -272,7 +272,7 @@ def _start(
     log.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", "eval.worker", "--model", str(model), "--benchmark", name, "--out", str(out),
-               "--shots", str(benchmark.shots), "--seed", str(suite.seed), "--device", device,
+               "--shots", str(benchmark.shots), "--device", device,
                "--batch-size", str(options.batch_size)]  # fmt: skip
     command += ["--limit", str(benchmark.limit)] if benchmark.limit else []
     command += ["--data-root", str(options.data_root)] if options.data_root else []

@@ -25,7 +25,7 @@ class Benchmark(Strict):
     """The one that counts; all that the task has are kept."""
     shots: Steps
     limit: Count | None = None
-    """Items of each subtask, drawn with the suite's seed; all of them if left out."""
+    """Items of each subtask, drawn with a fixed seed; all of them if left out."""
     items: Count
     """Of the whole test set."""
     chance: float
@@ -36,7 +36,6 @@ class Benchmark(Strict):
 
 class _SuiteFile(Strict):
     extends: str | None = None
-    seed: int | None = None
     only: tuple[str, ...] | None = None
     limit: Count | None = None
     benchmarks: dict[str, Benchmark] = Field(default_factory=dict)
@@ -46,8 +45,6 @@ class Suite(Strict):
     """Benchmarks that are run together, in the file's order."""
 
     name: str
-    seed: int
-    """Of the items that a limit draws and of the examples that are shown as shots."""
     benchmarks: dict[str, Benchmark]
 
 
@@ -71,11 +68,8 @@ def load_suite(name: str) -> Suite:
     places = places_of(read)
     file = typed(_SuiteFile, read.data, places)
     base = load_suite(file.extends) if file.extends else None
-    if base is None and file.seed is None:
-        raise typed_error(places, ("seed",), "the key 'seed' is missing", "add it: the items drawn depend on it")
     benchmarks = _chosen({**(base.benchmarks if base else {}), **file.benchmarks}, file, places)
-    seed = file.seed if file.seed is not None else base.seed if base else 0
-    return Suite(name=path.stem, seed=seed, benchmarks=benchmarks)
+    return Suite(name=path.stem, benchmarks=benchmarks)
 
 
 def _chosen(benchmarks: dict[str, Benchmark], file: _SuiteFile, places: Places) -> dict[str, Benchmark]:

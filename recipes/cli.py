@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from recipes import cli_cluster, cli_evaluation
 from recipes.errors import UserError
 
 app = typer.Typer(
@@ -32,6 +33,11 @@ def main() -> None:
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print("[bold red]error:[/]", escape(str(error)), highlight=False)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        Console(stderr=True, soft_wrap=True).print("[bold red]error:[/]", escape(str(error)), highlight=False)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; nothing half-written counts", file=sys.stderr)
         sys.exit(130)
@@ -198,95 +204,6 @@ def report(run: RunArgument) -> None:
 
 
 @app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run's checkpoint, or a transformers folder.")],
-    out: Annotated[Path, typer.Argument(help="The new folder.")],
-    to: Annotated[str, typer.Option(help="transformers, or nanotron.")] = "transformers",
-    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; the run's if left out.")] = None,
-) -> None:
-    """Turn a checkpoint into transformers' format, or a published Llama into a checkpoint to start from.
-
-    Example: smol convert runs/x/stage4/checkpoints/5240000 model;   smol convert model start --to nanotron
-    """
-    from recipes.engine.convert import to_nanotron, to_transformers
-
-    if to not in ("transformers", "nanotron"):
-        raise UserError(f"--to {to} is no format", "write transformers or nanotron")
-    made = to_nanotron(source, out) if to == "nanotron" else to_transformers(source, out, tokenizer)
-    print(made)
-
-
-@app.command("eval")
-def evaluate(
-    targets: Annotated[list[str], typer.Argument(help="Runs, checkpoints, model folders, or quoted patterns.")],
-    suite: Annotated[str, typer.Option(help="One of eval/suites/, or a file.")] = "between-stages",
-    every: Annotated[str, typer.Option(help="Of a run: stage (each one's newest) or checkpoint (all).")] = "stage",
-    limit: Annotated[int | None, typer.Option(min=1, help="Items of each subtask at most.")] = None,
-    data_root: Annotated[Path | None, typer.Option(help="Folder of local datasets, instead of the Hub.")] = None,
-    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let HumanEval run what the model wrote.")] = False,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Processes, where there is no GPU.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once on a device.")] = 8,
-    scores: Annotated[Path | None, typer.Option(help="Folder of the scorecards.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Run this benchmark and no other; may be repeated.")] = None,
-) -> None:
-    """Evaluate checkpoints with lighteval and write scorecards. Interrupted, it goes on where it was.
-
-    Exit code 0: all scorecards are written; 1: a benchmark crashed, the others' results are kept.
-
-    Example: smol eval runs/first-try --every stage;   smol eval 'runs/x/stage1/checkpoints/*' --suite quick
-    """
-    from eval import harness
-    from eval.suite import load_suite
-    from eval.sweep import checkpoints_of, picture, scores_table
-    from recipes.show import wide_console
-
-    if every not in ("stage", "checkpoint"):
-        raise UserError(f"--every {every} is unknown", "write stage or checkpoint")
-    chosen = load_suite(suite) if limit is None else harness.with_limit(load_suite(suite), limit)
-    options = harness.Options(data_root, allow_code, harness.devices(jobs), batch_size, scores)
-    subjects = [harness.subject_of(path) for path in checkpoints_of(targets, every)]
-    console, cards, crashed = wide_console(), [], False
-    for subject in subjects:
-        try:
-            if card := harness.evaluate(subject, chosen, options, console, only or ()):
-                cards.append(card)
-        except harness.Incomplete as error:
-            Console(stderr=True, soft_wrap=True).print("[red]incomplete:[/]", escape(f"{subject.name}: {error}"))
-            crashed = True
-    if cards:
-        console.print(scores_table(cards))
-    if len(cards) > 1:
-        print(picture(cards, harness.scores_folder(subjects[0], options) / f"{chosen.name}.png"))
-    raise typer.Exit(1 if crashed else 0)
-
-
-@app.command()
-def scores(
-    of: Annotated[
-        list[str] | None, typer.Argument(help="Recipes, or scorecards' files or folders; none: published.")
-    ] = None,
-    suite: Annotated[str | None, typer.Option(help="Only this suite's scorecards.")] = None,
-) -> None:
-    """Show scorecards beside the published scores of SmolLM2 by stage and of its peers.
-
-    Example: smol scores smollm2-1.7b
-    """
-    from eval.scorecard import Scorecard, scorecards
-    from eval.sweep import published_beside, scores_table
-    from recipes.loader import find_root
-    from recipes.show import wide_console
-
-    cards = []
-    for name in of or ():
-        path = next((p for p in (Path(name), find_root() / "eval" / "scores" / name) if p.exists()), Path(name))
-        cards += scorecards(path) if path.is_dir() else [Scorecard.load(path)]
-        if not cards:
-            raise UserError("no scorecards here", "evaluate a checkpoint with `smol eval`", path)
-    cards = [card for card in cards if suite in (None, card.suite)]
-    wide_console().print(scores_table(cards, published_beside(cards)))
-
-
-@app.command()
 def rehearse(
     recipe: RecipeArgument = "smollm2-1.7b",
     minutes: Annotated[float, typer.Option(help="About how long it takes on two cores; sets the tokens.")] = 10,
@@ -332,6 +249,9 @@ def data(json_path: Annotated[Path | None, typer.Option("--json", help="Also wri
 
     bench_data(json_path)
 
+
+for verb in (*cli_evaluation.VERBS, *cli_cluster.VERBS):
+    app.command(verb.__name__.rstrip("_"))(verb)
 
 if __name__ == "__main__":
     main()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-from eval.feedback import Policy, load_policy
-from eval.proposal import propose, write
 from rich.console import Console
 
+from eval.feedback import Policy, load_policy
 from eval.harness import Options, devices, evaluate, subject_of
+from eval.proposal import propose, write
 from eval.scorecard import Scorecard, scorecards
 from eval.suite import load_suite
+from recipes.diff_show import mixture_diff_markdown
 from recipes.files import append_line
 from recipes.plan import Plan, StagePlan
 from recipes.run import Run
@@ -56,7 +57,7 @@ def propose_next(run: Run, after: StagePlan, console: Console, *, adopt: bool) -
         return run
     cards = [card for card in scorecards(scores_folder(run)) if card.step <= after.end_step]
     proposal = propose(run.recipe, after.name, cards, policy())
-    mixture, _ = write(proposal, mixture.parent)
+    mixture, _ = write(proposal, mixture.parent, mixture_diff_markdown(run.recipe, following, proposal.mixture))
     shares = ", ".join(f"{d.name} {float(d.before):.1%} → {float(d.proposed):.1%}" for d in proposal.domains)
     console.print(f"  proposed for {following}: {shares}", highlight=False)
     if not adopt:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from eval.scorecard import Result, Score, Scorecard, mean, scorecards, z_of
 from recipes.errors import UserError
 
-RESULT = Result("acc", {"acc": Score(30.5, 1.2, 400), "bits_per_byte": Score(1.1, 0.02, 400)},
-                {"a": {"acc": Score(30.0, 1.5, 300)}, "b": {"acc": Score(31.0, 2.0, 100)}}, 0, None, 1, "x/y@abc")  # fmt: skip
+SUBTASKS = {"a": {"acc": Score(30.0, 1.5, 300)}, "b": {"acc": Score(31.0, 2.0, 100)}}
+SCORES = {"acc": Score(30.5, 1.2, 400), "bits_per_byte": Score(1.1, 0.02, 400)}
+RESULT = Result("acc", SCORES, SUBTASKS, 0, None, 1, "x/y@abc")
 CARD = Scorecard("smollm2-1.7b", "stage2", 3_814_697, 7_999_999_508_480, "between-stages", 42, "ab", "cd",
                  {"mmlu-mc": RESULT}, {"torch": "2.13.0"}, "2026-01-01T00:00:00+00:00")  # fmt: skip
 

@@ -1,0 +1,214 @@
+"""Which dataset each benchmark reads, and whether it is there. Light: neither lighteval nor datasets is imported.
+
+A local folder takes the Hub's place with `--data-root`: `<root>/<folder>/<split>.jsonl` (or .parquet), and where the
+dataset has subsets `<root>/<folder>/<subtask>/<split>.jsonl`, with the Hub's columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from recipes.errors import UserError
+from recipes.files import list_files
+
+SEED = 42
+"""lighteval's own, fixed in its code: of the items that a limit draws and of the shots."""
+PINNED = "main"
+"""Chosen: the branch, because no commit's hash is at hand; the scorecard records the commit that it stands for."""
+MMLU = (
+    "abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry "
+    "college_computer_science college_mathematics college_medicine college_physics computer_security "
+    "conceptual_physics econometrics electrical_engineering elementary_mathematics formal_logic global_facts "
+    "high_school_biology high_school_chemistry high_school_computer_science high_school_european_history "
+    "high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_mathematics "
+    "high_school_microeconomics high_school_physics high_school_psychology high_school_statistics "
+    "high_school_us_history high_school_world_history human_aging human_sexuality international_law jurisprudence "
+    "logical_fallacies machine_learning management marketing medical_genetics miscellaneous moral_disputes "
+    "moral_scenarios nutrition philosophy prehistory professional_accounting professional_law professional_medicine "
+    "professional_psychology public_relations security_studies sociology us_foreign_policy virology world_religions"
+)
+MATH = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where a benchmark's items come from."""
+
+    hub: str | None
+    """Dataset id; none: only a local folder."""
+    subset: str
+    """The Hub's configuration; ignored where there are subtasks."""
+    split: str
+    columns: tuple[str, ...]
+    subtasks: tuple[tuple[str, str], ...] = ()
+    """Name and the Hub's configuration of each."""
+    shots_split: str | None = None
+    revision: str = PINNED
+    folder: str | None = None
+    """Below the data root, if it is not the benchmark's name."""
+    version: int = 1
+    """Of the prompt and the metrics: raised when either changes."""
+
+
+def _same(names: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, name) for name in names.split())
+
+
+_MMLU = Dataset(
+    "cais/mmlu", "", "test", ("question", "subject", "choices", "answer"), _same(MMLU), "dev", folder="mmlu"
+)
+_CHOICE = ("context", "choices", "label")
+DATASETS = {
+    "mmlu-mc": _MMLU,
+    "mmlu-cloze": _MMLU,
+    # The revision is the one in lighteval 0.13.0's own task.
+    "mmlu-pro": Dataset("TIGER-Lab/MMLU-Pro", "default", "test", ("question", "options", "answer_index"),
+                        revision="3373e0b32277875b8db2aa555a333b78a08477ea"),
+    "gsm8k": Dataset("openai/gsm8k", "main", "test", ("question", "answer"), shots_split="train"),
+    "math": Dataset("DigitalLearningGmbH/MATH-lighteval", "", "test", ("problem", "solution"), _same(MATH), "train"),
+    "hellaswag": Dataset("Rowan/hellaswag", "default", "validation",
+                         ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
+    "arc": Dataset("allenai/ai2_arc", "", "test", ("question", "choices", "answerKey"),
+                   (("easy", "ARC-Easy"), ("challenge", "ARC-Challenge"))),
+    "piqa": Dataset("ybisk/piqa", "plain_text", "validation", ("goal", "sol1", "sol2", "label")),
+    "winogrande": Dataset("allenai/winogrande", "winogrande_xl", "validation",
+                          ("sentence", "option1", "option2", "answer")),
+    "openbookqa": Dataset("allenai/openbookqa", "main", "test", ("question_stem", "choices", "answerKey")),
+    "commonsenseqa": Dataset("tau/commonsense_qa", "default", "validation", ("question", "choices", "answerKey")),
+    "triviaqa": Dataset("mandarjoshi/trivia_qa", "rc.nocontext", "validation", ("question", "answer")),
+    "humaneval": Dataset("openai/openai_humaneval", "openai_humaneval", "test",
+                         ("task_id", "prompt", "canonical_solution", "test", "entry_point")),
+    "docs-choice": Dataset(None, "", "test", _CHOICE),
+    "code-choice": Dataset(None, "", "test", _CHOICE),
+    "word-problems": Dataset(None, "", "test", ("question", "answer")),
+}  # fmt: skip
+
+
+def lighteval_names(benchmark: str, data_root: Path | None) -> list[str]:
+    """lighteval's names of a benchmark's subtasks: `arc:easy`, or the benchmark's own; locally those there are."""
+    dataset = DATASETS[benchmark]
+    names = [name for name, _ in dataset.subtasks]
+    if data_root is not None and names:
+        names = [name for name in names if (_folder(benchmark, data_root) / name).is_dir()]
+    return [f"{benchmark}:{name}" for name in names] if dataset.subtasks else [benchmark]
+
+
+def local_folder(lighteval_name: str, data_root: Path) -> Path:
+    """The folder of a subtask's files."""
+    benchmark, _, subtask = lighteval_name.partition(":")
+    return _folder(benchmark, data_root) / subtask
+
+
+def _folder(benchmark: str, data_root: Path) -> Path:
+    return data_root / (DATASETS[benchmark].folder or benchmark)
+
+
+def local_files(folder: Path) -> dict[str, Path]:
+    """The files of a local dataset by split."""
+    return {path.stem: path for path in sorted(folder.glob("*")) if path.suffix in (".jsonl", ".parquet")}
+
+
+def check_data(benchmark: str, data_root: Path | None, shots: int = 0) -> None:
+    """Looks whether a benchmark's local data can be read; of the Hub's nothing is checked here.
+
+    Raises:
+        UserError: no such benchmark; a folder, a split, items or a column are missing.
+    """
+    if benchmark not in DATASETS:
+        raise UserError(f"there is no benchmark '{benchmark}'", f"name one of {', '.join(DATASETS)}")
+    dataset = DATASETS[benchmark]
+    if data_root is None:
+        if dataset.hub is None:
+            raise UserError(f"{benchmark} is on no Hub", "give a folder with --data-root")
+        return
+    names = lighteval_names(benchmark, data_root)
+    if not names:
+        fix = "add one folder for each subtask you have, with its split's file inside"
+        raise UserError(f"{benchmark} has none of its {len(dataset.subtasks)} subtasks here", fix,
+                        _folder(benchmark, data_root))  # fmt: skip
+    splits = [dataset.split, *([dataset.shots_split] if shots and dataset.shots_split else [])]
+    for folder in (local_folder(name, data_root) for name in names):
+        for split in splits:
+            _check_split(folder, split, dataset.columns)
+
+
+def _check_split(folder: Path, split: str, columns: tuple[str, ...]) -> None:
+    file = local_files(folder).get(split)
+    if file is None:
+        there = ", ".join(sorted(p.name for p in folder.glob("*"))) if folder.is_dir() else "no such folder"
+        raise UserError(f"no {split}.jsonl or {split}.parquet ({there or 'the folder is empty'})", "add it", folder)
+    found = _columns(file)
+    if missing := [name for name in columns if name not in found]:
+        text = f"the column {' and '.join(missing)} is missing; there are {', '.join(found) or 'none'}"
+        raise UserError(text, "write the columns that the Hub's dataset has", file)
+
+
+def _columns(file: Path) -> list[str]:
+    """The columns of a file's first row.
+
+    Raises:
+        UserError: it has no rows, or is damaged.
+    """
+    try:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            table = pq.ParquetFile(file)
+            rows, names = table.metadata.num_rows, list(table.schema_arrow.names)
+        else:
+            with open(file, encoding="utf-8") as lines:
+                first = next((line for line in lines if line.strip()), "")
+            rows, names = len(first), list(json.loads(first)) if first else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"this dataset cannot be read ({error})", "write it again", file) from None
+    if not rows:
+        raise UserError("this dataset has no items", "write at least one", file)
+    return names
+
+
+def data_identity(benchmark: str, data_root: Path | None) -> str:
+    """`<hub id>@<commit>`, or `local:<xxh3-128 of names and contents>`.
+
+    Raises:
+        UserError: the Hub cannot be asked which commit the branch stands for.
+    """
+    dataset = DATASETS[benchmark]
+    if data_root is not None:
+        folder = _folder(benchmark, data_root)
+        listing = json.dumps([(entry.name, entry.xxh3_128) for entry in list_files(folder)])
+        return f"local:{xxhash.xxh3_128_hexdigest(listing.encode())}"
+    assert dataset.hub is not None, "check_data comes first"
+    return f"{dataset.hub}@{commit_of(dataset.hub, dataset.revision)}"
+
+
+@functools.cache
+def commit_of(hub: str, revision: str) -> str:
+    """The commit that a revision of a Hub dataset stands for now; a commit's own hash is not asked for.
+
+    Raises:
+        UserError: the Hub is out of reach, or has no such dataset.
+    """
+    if len(revision) == 40:
+        return revision
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(hub, revision=revision).sha)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        fix = "check the network and HF_TOKEN, or give a folder with --data-root"
+        raise UserError(f"the Hub does not tell the commit of {hub} ({reason})".rstrip("."), fix) from None
+
+
+def task_file_hash() -> str:
+    """xxh3-128 of the files that decide a score."""
+    here = Path(__file__).resolve().parent
+    digest = xxhash.xxh3_128()
+    for name in ("benchmarks.py", "tasks.py", "metrics.py", "sandbox.py", "sandbox_inside.py", "worker.py"):
+        digest.update((here / name).read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,185 @@
+"""The benchmarks for lighteval 0.13: a custom task module, made from eval/benchmarks.py.
+
+`EVAL_DATA_ROOT` names the folder of local datasets; without it the Hub's are read, at pinned revisions.
+Prompts follow SmolLM2's evaluation set-up where it is published: multiple choice by log-likelihood in cloze form.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from lighteval.metrics.utils.metric_utils import Metric
+from lighteval.tasks.lighteval_task import LightevalTaskConfig
+from lighteval.tasks.requests import Doc
+
+from eval.benchmarks import DATASETS, PINNED, commit_of, lighteval_names, local_folder
+from eval.metrics import (
+    BITS_PER_BYTE,
+    CHOICE,
+    EXACT_MATCH,
+    LATEX_MATCH,
+    NUMBER_MATCH,
+    PASS_AT_ONE,
+    QEM,
+    STOPS,
+)
+
+Row = dict[str, Any]
+Prompt = Callable[[Row, str], Doc]
+
+
+def cloze(query: str, options: list[str], gold: int, name: str) -> Doc:
+    """The options themselves are scored as continuations."""
+    return Doc(task_name=name, query=query, choices=[f" {option}" for option in options], gold_index=gold)
+
+
+def letters(question: str, options: list[str], gold: int, name: str, header: str = "") -> Doc:
+    """The options stand in the question, and their letters are scored."""
+    listed = "".join(f"\n{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
+    choices = [f" {letter}" for letter in ascii_uppercase[: len(options)]]
+    query = f"{header}Question: {question}{listed}\nAnswer:"
+    return Doc(task_name=name, query=query, choices=choices, gold_index=gold, instruction=header or None)
+
+
+def mmlu_cloze(row: Row, name: str) -> Doc:
+    """MMLU as in the public task file: the answers' texts."""
+    return cloze(_mmlu_header(row) + f"Question: {row['question']}\nAnswer:", row["choices"], int(row["answer"]), name)
+
+
+def mmlu_mc(row: Row, name: str) -> Doc:
+    """MMLU as in the paper's Table 8: the letters."""
+    return letters(row["question"], row["choices"], int(row["answer"]), name, _mmlu_header(row))
+
+
+def _mmlu_header(row: Row) -> str:
+    return f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}.\n\n"
+
+
+def mmlu_pro(row: Row, name: str) -> Doc:
+    """Up to ten options, by letter."""
+    return letters(row["question"], row["options"], int(row["answer_index"]), name)
+
+
+def hellaswag(row: Row, name: str) -> Doc:
+    """What happens next."""
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}".strip()
+    return cloze(context, row["endings"], int(row["label"]), name)
+
+
+def answer_key(question: str) -> Prompt:
+    """A dataset with `choices.text`, `choices.label` and `answerKey`; `question` is the question's column."""
+
+    def prompt(row: Row, name: str) -> Doc:
+        options = row["choices"]
+        gold = options["label"].index(row["answerKey"])
+        return cloze(f"Question: {row[question]}\nAnswer:", options["text"], gold, name)
+
+    return prompt
+
+
+def piqa(row: Row, name: str) -> Doc:
+    """How to reach a goal."""
+    query = f"Question: {row['goal']}\nAnswer:"
+    return cloze(query, [row["sol1"], row["sol2"]], int(row["label"]), name)
+
+
+def winogrande(row: Row, name: str) -> Doc:
+    """The sentence from the gap on, with either option in it."""
+    before, _, after = row["sentence"].partition("_")
+    options = [f"{row[option]} {after.strip()}" for option in ("option1", "option2")]
+    return cloze(before.rstrip(), options, int(row["answer"]) - 1, name)
+
+
+def question_answer(question: str, answer: str) -> Prompt:
+    """A worked answer to be written; `question` and `answer` are columns."""
+
+    def prompt(row: Row, name: str) -> Doc:
+        query = f"Question: {row[question]}\nAnswer:"
+        return Doc(task_name=name, query=query, choices=[f" {row[answer]}"], gold_index=0)
+
+    return prompt
+
+
+def word_problem(row: Row, name: str) -> Doc:
+    """The rehearsal's problems, whose steps begin on a line of their own."""
+    query = f"Question: {row['question']}\nAnswer:"
+    return Doc(task_name=name, query=query, choices=[f"\n{row['answer']}"], gold_index=0)
+
+
+def triviaqa(row: Row, name: str) -> Doc:
+    """No context; every alias is right."""
+    aliases = list(dict.fromkeys([row["answer"]["value"], *row["answer"]["aliases"]]))
+    query = f"Question: {row['question']}\nAnswer:"
+    return Doc(task_name=name, query=query, choices=aliases, gold_index=list(range(len(aliases))))
+
+
+def humaneval(row: Row, name: str) -> Doc:
+    """A function to be completed, and the program that tests it."""
+    test = f"{row['test']}\ncheck({row['entry_point']})\n"
+    return Doc(
+        task_name=name, query=row["prompt"], choices=[row["canonical_solution"]], gold_index=0, specific={"test": test}
+    )
+
+
+def choice(row: Row, name: str) -> Doc:
+    """The rehearsal's multiple choice: what follows a text."""
+    return cloze(row["context"], row["choices"], int(row["label"]), name)
+
+
+def code_choice(row: Row, name: str) -> Doc:
+    """What follows some lines of code, indentation and all."""
+    return Doc(task_name=name, query=row["context"], choices=list(row["choices"]), gold_index=int(row["label"]))
+
+
+Definition = tuple[Prompt, tuple[Metric, ...], int, tuple[str, ...]]
+"""The prompt, the metrics, tokens to generate at most, and what ends an answer."""
+DEFINITIONS: dict[str, Definition] = {
+    "mmlu-mc": (mmlu_mc, CHOICE, 1, ()),
+    "mmlu-cloze": (mmlu_cloze, CHOICE, 1, ()),
+    "mmlu-pro": (mmlu_pro, CHOICE, 1, ()),
+    "gsm8k": (question_answer("question", "answer"), (QEM, NUMBER_MATCH, BITS_PER_BYTE), 256, ("Question:",)),
+    "math": (question_answer("problem", "solution"), (LATEX_MATCH, BITS_PER_BYTE), 1024, ("Question:",)),
+    "hellaswag": (hellaswag, CHOICE, 1, ()),
+    "arc": (answer_key("question"), CHOICE, 1, ()),
+    "piqa": (piqa, CHOICE, 1, ()),
+    "winogrande": (winogrande, CHOICE, 1, ()),
+    "openbookqa": (answer_key("question_stem"), CHOICE, 1, ()),
+    "commonsenseqa": (answer_key("question"), CHOICE, 1, ()),
+    "triviaqa": (triviaqa, (EXACT_MATCH,), 20, ("\n", ".", ",")),
+    "humaneval": (humaneval, (PASS_AT_ONE, BITS_PER_BYTE), 512, STOPS),
+    "docs-choice": (choice, CHOICE, 1, ()),
+    "code-choice": (code_choice, CHOICE, 1, ()),
+    "word-problems": (word_problem, (QEM, NUMBER_MATCH, BITS_PER_BYTE), 96, ("Question:",)),
+}
+
+
+def config(benchmark: str, name: str, data_root: Path | None) -> LightevalTaskConfig:
+    """lighteval's configuration of one subtask."""
+    dataset = DATASETS[benchmark]
+    prompt, metrics, tokens, stops = DEFINITIONS[benchmark]
+    subset = dict(dataset.subtasks).get(name.partition(":")[2], dataset.subset)
+    splits = [dataset.split, *([dataset.shots_split] if dataset.shots_split else [])]
+    local = None if data_root is None else str(local_folder(name, data_root))
+    revision = dataset.revision
+    if local is None and revision == PINNED and dataset.hub:
+        revision = commit_of(dataset.hub, revision)
+    return LightevalTaskConfig(
+        name=name, prompt_function=prompt, hf_repo=local or str(dataset.hub), hf_subset=subset,
+        hf_revision=None if local else revision, hf_avail_splits=splits, evaluation_splits=[dataset.split],
+        few_shots_split=dataset.shots_split, few_shots_select="sequential", metrics=list(metrics),
+        generation_size=tokens, stop_sequence=list(stops), version=dataset.version,
+    )  # fmt: skip
+
+
+def tasks_of(benchmark: str, data_root: Path | None) -> list[LightevalTaskConfig]:
+    """A benchmark's subtasks, in a fixed order."""
+    return [config(benchmark, name, data_root) for name in lighteval_names(benchmark, data_root)]
+
+
+_ROOT = Path(os.environ["EVAL_DATA_ROOT"]) if os.environ.get("EVAL_DATA_ROOT") else None
+_ONLY = os.environ.get("EVAL_BENCHMARK")
+TASKS_TABLE = [task for name in DATASETS if name == _ONLY for task in tasks_of(name, _ROOT)]

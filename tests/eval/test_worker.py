@@ -1,0 +1,166 @@
+"""The real lighteval on a few rows of every benchmark, beside transformers alone, and its silent errors shut out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.benchmarks import DATASETS
+from eval.suite import load_suite
+from tests.eval.fixtures import datasets, write_datasets, write_model
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CHAT = "{% for m in messages %}<chat>{{ m.content }}</chat>{% endfor %}"
+pytestmark = pytest.mark.slow
+
+
+def workers(folder: Path, lists: list[list[str]], **environment: str) -> tuple[list[int], str]:
+    """Exit codes of workers run one after the other in one process, and what they said."""
+    (folder / "arguments.json").write_text(json.dumps(lists))
+    command = [sys.executable, "-m", "tests.eval.run_workers", str(folder / "arguments.json")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **environment}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, models and every benchmark's result; `codes.json` and `said.txt` of the workers."""
+    folder = tmp_path_factory.mktemp("workers")
+    data = write_datasets(folder / "data")
+    write_model(folder / "model")
+    write_model(folder / "other", seed=1)
+    write_model(folder / "chatty", chat_template=CHAT)
+    write_model(folder / "broken", nan=True)
+
+    def worker(out: str, benchmark: str, model: str = "model", *more: str) -> list[str]:
+        return ["--model", str(folder / model), "--benchmark", benchmark, "--out", str(folder / f"{out}.json"),
+                "--data-root", str(data), *more]  # fmt: skip
+
+    shots = {"gsm8k": ["--shots", "5"], "math": ["--shots", "4"], "humaneval": ["--allow-code"]}
+    runs = {name: worker(name, name, "model", *shots.get(name, [])) for name in DATASETS}
+    runs["again"] = worker("again", "hellaswag")
+    runs["drawn"] = worker("drawn", "gsm8k", "model", "--shots", "5", "--limit", "3")
+    runs["drawn-again"] = worker("drawn-again", "gsm8k", "model", "--shots", "5", "--limit", "3")
+    runs["chatty"] = worker("chatty", "arc", "chatty")
+    runs["nan"] = worker("nan", "hellaswag", "broken")
+    runs["no-code"] = worker("no-code", "humaneval")
+    runs["cp"] = ["cp", str(folder / "other"), str(folder / "model")]  # new weights at the same path
+    runs["new-weights"] = worker("new-weights", "hellaswag")
+    codes, said = workers(folder, list(runs.values()))
+    (folder / "codes.json").write_text(json.dumps(dict(zip(runs, codes, strict=True))))
+    (folder / "said.txt").write_text(said)
+    write_model(folder / "model")
+    return folder
+
+
+def codes(folder: Path) -> dict[str, int]:
+    return json.loads((folder / "codes.json").read_text())
+
+
+def result(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", list(DATASETS))
+def test_every_benchmark_runs_and_gives_its_suites_metric(folder: Path, name: str) -> None:
+    assert codes(folder)[name] == 0, (folder / "said.txt").read_text()[-3000:]
+    subtasks = result(folder, name)["subtasks"]
+    suite = load_suite("rehearsal" if DATASETS[name].hub is None else "final-base")
+    metric = suite.benchmarks[name].metric
+    rows = {key: len(value) for key, value in datasets().items()}
+    place = DATASETS[name].folder or name
+    for subtask, scores in subtasks.items():
+        inside = f"{place}/{subtask}" if DATASETS[name].subtasks else place
+        assert scores[metric]["items"] == rows[f"{inside}/{DATASETS[name].split}"]
+        assert set(scores) <= {"acc", "acc_norm", "bits_per_byte", "extractive_match", "qem", "exact_match", "pass@1"}
+    expected = {"arc": {"easy", "challenge"}, "mmlu-mc": {"anatomy", "virology"}, "mmlu-cloze": {"anatomy", "virology"}}
+    assert set(subtasks) == expected.get(name, {"algebra"} if name == "math" else {name})
+
+
+def log_probability(folder: Path, context: str, continuation: str) -> float:
+    """By transformers alone: nats of a continuation after a context; bytes are tokens here."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    first = tokenizer(context, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([first + tokenizer(continuation, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        table = model(ids).logits[0].log_softmax(-1)
+    return sum(table[i - 1, ids[0, i]].item() for i in range(len(first), ids.shape[1]))
+
+
+def test_scores_are_those_of_transformers_alone(folder: Path) -> None:
+    rows = datasets()["hellaswag/validation"]
+    right, right_by_character, bits = [], [], []
+    for row in rows:
+        context = "Cooking: A man cuts bread. He"
+        nats = [log_probability(folder / "model", context, f" {ending}") for ending in row["endings"]]
+        by_character = [n / len(ending) for n, ending in zip(nats, row["endings"], strict=True)]
+        gold = int(row["label"])
+        right.append(nats.index(max(nats)) == gold)
+        right_by_character.append(by_character.index(max(by_character)) == gold)
+        bits.append(-nats[gold] / math.log(2) / len(row["endings"][gold].encode()))
+    found = result(folder, "hellaswag")["subtasks"]["hellaswag"]
+    assert found["acc"]["value"] == pytest.approx(100 * sum(right) / 3)
+    assert found["acc_norm"]["value"] == pytest.approx(100 * sum(right_by_character) / 3)
+    assert found["bits_per_byte"]["value"] == pytest.approx(sum(bits) / 3, abs=1e-4)
+    spread = math.sqrt(sum((b - sum(bits) / 3) ** 2 for b in bits) / 2 / 3)
+    assert found["bits_per_byte"]["stderr"] == pytest.approx(spread, abs=1e-4)
+    lines = [json.loads(line) for line in (folder / "hellaswag.items.jsonl").read_text().splitlines()]
+    assert {line["id"]: line["scores"]["bits_per_byte"] for line in lines} == pytest.approx(
+        {str(i): value for i, value in enumerate(bits)}, abs=1e-4
+    )
+
+
+def test_the_same_checkpoint_twice_gives_the_same_scores(folder: Path) -> None:
+    assert result(folder, "again")["subtasks"] == result(folder, "hellaswag")["subtasks"]
+    assert (folder / "drawn.items.jsonl").read_bytes() == (folder / "drawn-again.items.jsonl").read_bytes()
+    assert result(folder, "drawn")["subtasks"]["gsm8k"]["qem"]["items"] == 3
+
+
+def test_new_weights_at_the_same_path_give_new_scores(folder: Path) -> None:
+    """lighteval's cache knows a model by its path."""
+    before, after = (
+        result(folder, n)["subtasks"]["hellaswag"]["bits_per_byte"]["value"] for n in ("again", "new-weights")
+    )
+    assert before != after
+
+
+def test_a_chat_template_changes_nothing(folder: Path) -> None:
+    """lighteval formats as a chat what it finds a template for."""
+    assert result(folder, "chatty")["subtasks"] == result(folder, "arc")["subtasks"]
+
+
+def test_a_model_that_yields_nan_is_refused(folder: Path) -> None:
+    assert codes(folder)["nan"] == 2
+    assert "error: hellaswag: the model yields NaN or infinity" in (folder / "said.txt").read_text()
+    assert not (folder / "nan.json").exists()
+
+
+def test_code_runs_only_when_it_is_allowed(folder: Path) -> None:
+    assert codes(folder)["no-code"] != 0 and not (folder / "no-code.json").exists()
+    assert codes(folder)["humaneval"] == 0
+
+
+def test_the_order_of_tasks_does_not_depend_on_hashing(folder: Path, tmp_path: Path) -> None:
+    """lighteval orders tasks by a set of their names: each start of Python its own way."""
+    found = []
+    for seed in ("1", "2"):
+        out = tmp_path / f"{seed}.json"
+        arguments = ["--model", str(folder / "model"), "--benchmark", "arc", "--out", str(out), "--data-root",
+                     str(folder / "data")]  # fmt: skip
+        assert workers(tmp_path, [arguments], PYTHONHASHSEED=seed)[0] == [0]
+        found.append(out.read_bytes())
+    assert found[0] == found[1]
+    assert json.loads(found[0])["subtasks"] == result(folder, "arc")["subtasks"]
