@@ -19,6 +19,7 @@ from recipes.recipe import (
     Branch,
     Checkpoints,
     Count,
+    Guard,
     Mixture,
     Model,
     Optimizer,
@@ -60,6 +61,7 @@ class _RecipeFile(Strict):
     optimizer: Optimizer
     schedule: Schedule
     checkpoints: Checkpoints
+    guard: Guard = Guard()
     block_tokens: Count
     sources: str = "mixtures/sources.yaml"
     stages: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -135,8 +137,9 @@ class _Loader:
         return Recipe(
             name=file.name, seed=file.seed, scale=scaled.tokens, model=file.model, tokenizer=file.tokenizer,
             tokens_per_step=file.batch.tokens_per_step, parallelism=file.parallelism, optimizer=file.optimizer,
-            schedule=scaled.schedule(file.schedule), checkpoints=file.checkpoints, block_tokens=file.block_tokens,
-            stages=tuple(stages), branches=branches, sources=registry, root=self.root, files=tuple(self.files),
+            schedule=scaled.schedule(file.schedule), checkpoints=file.checkpoints, guard=file.guard,
+            block_tokens=file.block_tokens, stages=tuple(stages), branches=branches, sources=registry, root=self.root,
+            files=tuple(self.files),
         )  # fmt: skip
 
     def chain(self, folder: Path) -> list[YamlFile]:

@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from recipes.errors import UserError
 
@@ -164,6 +164,27 @@ class Checkpoints(Strict):
     """Checkpoints at multiples of this many steps are kept for ever; 0 keeps none."""
 
 
+class Guard(Strict):
+    """When training stops by itself. All defaults are chosen; stages/smollm2-1.7b/recipe.yaml says why."""
+
+    window: Count = 256
+    """Steps whose losses a step's loss is compared with; nothing is judged before there are as many in the stage."""
+    z: Annotated[float, Field(gt=0)] = 10.0
+    """A loss is a spike at this many robust standard deviations above the window's median."""
+    patience: Count = 64
+    """Spikes in a row after which training stops; at most half the window, so that its median stays clean."""
+    hang_factor: Annotated[float, Field(gt=1)] = 30.0
+    """A step is a hang at this many times the median step's seconds, ..."""
+    hang_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """... but not before this many seconds."""
+
+    @model_validator(mode="after")
+    def _patience_fits(self) -> Guard:
+        if 2 * self.patience > self.window:
+            raise ValueError(f"write a patience of at most half the window, {self.window // 2}")
+        return self
+
+
 class Source(Strict):
     """One dataset: where it comes from and how much there is."""
 
@@ -240,6 +261,7 @@ class Recipe:
     optimizer: Optimizer
     schedule: Schedule
     checkpoints: Checkpoints
+    guard: Guard
     block_tokens: int
     stages: tuple[Stage, ...]
     branches: tuple[Stage, ...]

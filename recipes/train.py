@@ -10,10 +10,16 @@ Exit code of every worker:
      2  wrong input: one message says what and how to put it right
     74  a checkpoint could not be written (a full disk, say); the ones before it count
     75  stopped on request, with a checkpoint: the same command goes on from there
+    76  diverged: a loss or gradient that is no number, or a spike that stays (`guard` in the recipe). It would do so
+        again: go back to the checkpoint that the message names, and leave out some data (recipes/rollback.py)
+    77  hung: no step for too long (`guard` again); every thread's stack is in STAGE/logs/stacks-<rank>-<time>.txt
      1  anything else
-torchrun itself ends with 1 whatever its workers return, so `STAGE/state.json` says it too: `state` is "training",
-"finished", "stopped" or "failed"; `step` the last step trained that a checkpoint holds; `exit_code` and `reason`, null
-while training. "training" without a process means that it was killed: start it again.
+torchrun itself ends with 1 whatever its workers return, so `STAGE/state.json` says it too: `state` is "starting" (by
+recipes/restart.py), "training", "finished", "stopped", "failed", "diverged" or "hung"; `step` the last step trained
+that a checkpoint holds; `exit_code` and `reason`, null while training. "training" without a process means that it was
+killed: start it again.
+
+The environment: SMOL_TRACKER sends metrics elsewhere, too (engine/tracker.py), SMOL_UPLOAD checkpoints (upload.py).
 
 SIGTERM, SIGINT and SIGUSR1, to one worker or all: the step is finished, a checkpoint written, and all exit with 75.
 torchrun passes on SIGTERM and SIGINT, and SIGUSR1 only with `--signals-to-handle SIGTERM,SIGINT,SIGUSR1`; it then kills
@@ -25,8 +31,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -34,7 +38,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -46,21 +49,34 @@ from torch.distributed.rendezvous import rendezvous
 from recipes.data.manifest import Manifest
 from recipes.engine.checkpoint import Start, Topology, clean, find_start, latest, set_aside, steps
 from recipes.engine.config import nanotron_config, write_config
+from recipes.engine.fault import injected_fault
+from recipes.engine.guard import Diverged
+from recipes.engine.tracker import chosen_tracker
+from recipes.engine.watchdog import Watchdog, dump_stacks
 from recipes.errors import UserError
-from recipes.files import keep_lines, write_json
+from recipes.files import keep_lines
 from recipes.plan import StagePlan
 from recipes.run import Run
+from recipes.state import (
+    EXIT_DIVERGED,
+    EXIT_HUNG,
+    EXIT_NOT_WRITTEN,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    last_saved,
+    lock,
+    read_state,
+    write_state,
+)
+from recipes.upload import check_target
 
 if TYPE_CHECKING:
     from recipes.engine.trainer import StageTrainer
 
-EXIT_USER_ERROR, EXIT_NOT_WRITTEN, EXIT_STOPPED = 2, os.EX_IOERR, os.EX_TEMPFAIL
 INIT = "init"
 """In a stage's place: creates step 0, for topologies in which Nanotron 0.4 cannot draw the weights."""
 PREPARATION_TIMEOUT = timedelta(hours=2)
 """For which ranks wait for the first: it reads whole checkpoints, and may have to create step 0."""
-LOCK_SECONDS = 60
-"""For which a start waits for an older one, which may be writing its last checkpoint."""
 
 
 class StopRequest:
@@ -157,6 +173,7 @@ def prepare(folder: Path, name: str, processes: int) -> dict[str, Any]:
     lock(run.stage_folder(name))
     try:
         check_data(run, stage)
+        check_environment(run)
         topology = Topology.of(run.recipe, processes)
         clean(run.checkpoints(name))
         start = find_start(run, stage, topology)
@@ -173,26 +190,11 @@ def prepare(folder: Path, name: str, processes: int) -> dict[str, Any]:
     return {"exit_code": None, "config": str(config)}
 
 
-def lock(folder: Path) -> None:
-    """Keeps other starts of the stage out until this process ends, however it ends.
-
-    Raises:
-        UserError: another one has been at it for a minute.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
-    for attempt in range(LOCK_SECONDS):
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if attempt == 0:
-                print("another process trains this stage; waiting for it to end", flush=True)
-            time.sleep(1)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-            return None  # a file system without locks
-    raise UserError("another process trains this stage", "wait for it to end, or end it", folder)
+def check_environment(run: Run) -> None:
+    """Raises UserError for settings in the environment that would fail later."""
+    chosen_tracker()
+    check_target()
+    injected_fault(run.recipe)
 
 
 def check_data(run: Run, stage: StagePlan) -> None:
@@ -236,17 +238,6 @@ def tell(stage: StagePlan, start: Start, topology: Topology) -> None:
     print(f"{stage.name}: steps {start.step + 1:,} to {stage.end_step:,}, {origin}; {ranks}", flush=True)
 
 
-def write_state(
-    run: Run, stage: str, state: str, step: int | None, exit_code: int | None = None, reason: str | None = None
-) -> None:
-    """Writes the stage's state.json, atomically; see the top of this file."""
-    content = {"stage": stage, "state": state, "step": step, "exit_code": exit_code, "reason": reason}
-    try:
-        write_json(run.stage_folder(stage) / "state.json", content)
-    except OSError as error:
-        print(f"state.json could not be written: {error}", file=sys.stderr, flush=True)
-
-
 # Step 0
 
 
@@ -287,11 +278,13 @@ def train(run: Run, stage: StagePlan, config: Path, stop: StopRequest) -> int:
     set_threads()
     from recipes.engine.trainer import StageTrainer
 
+    watchdog = Watchdog(run.recipe.guard, lambda problem: note_hang(run, stage, problem))
+    watchdog.start()
     try:
-        trainer = StageTrainer(run, stage, config, stop)
+        trainer = StageTrainer(run, stage, config, stop, watchdog)
         state, code, reason = fit(trainer, stop)
     except Exception as error:
-        if os.environ["RANK"] == "0":
+        if os.environ["RANK"] == "0" and read_state(run, stage.name).get("state") != "hung":
             write_state(run, stage.name, "failed", last_saved(run, stage), 1, f"{type(error).__name__}: {error}")
         raise
     if trainer.rank == 0:
@@ -301,25 +294,42 @@ def train(run: Run, stage: StagePlan, config: Path, stop: StopRequest) -> int:
         print(text, file=sys.stderr if code else sys.stdout, flush=True)
     torch.distributed.barrier(trainer.control)  # torchrun ends the others as soon as one has failed
     torch.distributed.destroy_process_group()
+    watchdog.stop()
     return code
+
+
+def note_hang(run: Run, stage: StagePlan, problem: str) -> None:
+    """Writes down where this rank stands, and that the stage hangs."""
+    rank, step = int(os.environ["RANK"]), last_saved(run, stage)
+    try:
+        reason = f"rank {rank}: {problem}; stacks in {dump_stacks(run.stage_folder(stage.name) / 'logs', rank)}"
+    except OSError as error:
+        reason = f"rank {rank}: {problem}; its stacks could not be written: {error}"
+    if read_state(run, stage.name).get("state") != "hung":  # the first rank's word is enough
+        write_state(run, stage.name, "hung", step, EXIT_HUNG, reason)
+    print(f"{stage.name} hung at step {step:,}: {reason}", file=sys.stderr, flush=True)
 
 
 def fit(trainer: StageTrainer, stop: StopRequest) -> tuple[str, int, str | None]:
     """Trains; returns the state it ends in, the exit code, and the reason if it is not the stage's end."""
     from recipes.engine.trainer import Stopped, WriteError
 
+    folder = trainer.run.checkpoints(trainer.stage.name)
     try:
         trainer.fit()
     except Stopped:
         return "stopped", EXIT_STOPPED, stop.signal or "another process was asked to"
     except WriteError as error:
         return "failed", EXIT_NOT_WRITTEN, f"could not write {error}"
+    except Diverged as error:
+        good = [step for step in steps(folder) if step < error.first_bad]
+        where = (
+            f"the last good checkpoint is {folder / str(good[-1])}" if good else "the stage has no checkpoint before"
+        )
+        return "diverged", EXIT_DIVERGED, f"{error}; {where}"
+    finally:
+        trainer.tracker.close()
     return "finished", 0, None
-
-
-def last_saved(run: Run, stage: StagePlan) -> int:
-    """The last step that a checkpoint holds."""
-    return max([stage.start_step, *steps(run.checkpoints(stage.name))])
 
 
 def set_threads() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, overload
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -19,15 +19,18 @@ class MixtureDataset:
     """One stage's samples: number n, counted over all ranks, is a pure function of the plan and the token files.
 
     `Interleave` gives n's source and rank r in it; the tokens are the source's stream at the stage's offset plus
-    r · sequence_length.
+    r · sequence_length. Where the run has left data out (recipes/skips.py), n counts only what is read.
     """
 
-    def __init__(self, plan: Plan, stage: str, streams: Mapping[str, SourceStream]) -> None:
+    def __init__(
+        self, plan: Plan, stage: str, streams: Mapping[str, SourceStream], jumps: Sequence[tuple[int, int]] = ()
+    ) -> None:
         """Opens a stage.
 
         Args:
             stage: the name of one of the plan's stages.
             streams: a stream for each of the stage's sources; others are ignored.
+            jumps: pairs (n, k): from sample n on, k more samples of the interleaving have been left out.
 
         Raises:
             UserError: a source without a stream, sources of different tokenizers, or blocks that are no multiple of
@@ -40,6 +43,7 @@ class MixtureDataset:
         self.streams = [streams[name] for name in self.stage.shares]
         self._offsets = np.array([self.stage.offsets[name] for name in self.stage.shares], dtype=np.int64)
         self._interleave = Interleave(self.stage.shares)
+        self._jumps = jumps
         self._dtype = self.streams[0].manifest.dtype
         _check(self.streams, self.sequence_length)
 
@@ -79,11 +83,15 @@ class MixtureDataset:
         if isinstance(n, np.ndarray):
             if n.size:
                 self._check(n.min(), n.max())
-            sources, ranks = self._interleave.locate(n)
+            sources, ranks = self._interleave.locate(n + self._left_out(n))
             return sources, self._offsets[sources] + ranks * self.sequence_length
         self._check(n, n)
-        source, rank = self._interleave.locate(n)
+        source, rank = self._interleave.locate(n + self._left_out(n))
         return source, int(self._offsets[source]) + rank * self.sequence_length
+
+    def _left_out(self, n: Any) -> Any:
+        """How many samples were left out before sample n, or each of an array of them."""
+        return sum(length * (n >= first) for first, length in self._jumps)
 
     def sources(self, numbers: IntArray) -> IntArray:
         """The source of each sample, as an index into the stage's shares: int64 of the numbers' shape.

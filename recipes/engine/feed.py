@@ -21,6 +21,7 @@ from recipes.data.interleave import IntArray
 from recipes.data.manifest import Manifest
 from recipes.data.stream import SourceStream, Tokens
 from recipes.run import Run
+from recipes.skips import Skip
 
 MicroBatch = dict[str, Any]
 """input_ids, input_mask, label_ids and label_mask: tensors of (samples, sequence_length), or pointers to the pipeline
@@ -95,7 +96,12 @@ class Feed:
 
 
 def ledger_line(
-    first: int, last: int, sources: Sequence[str], sequence_length: int, counts: Iterable[tuple[list[int], int]]
+    first: int,
+    last: int,
+    sources: Sequence[str],
+    sequence_length: int,
+    counts: Iterable[tuple[list[int], int]],
+    skips: Iterable[Skip] = (),
 ) -> dict[str, Any]:
     """One line of ledger.jsonl: what all ranks fed in the steps after `first` up to `last`.
 
@@ -104,12 +110,14 @@ def ledger_line(
 
     Returns:
         from_step (exclusive), to_step, tokens by source, and digest: the sum modulo 2^64 of the samples' digests, which
-        depends neither on their order nor on the number of ranks.
+        depends neither on their order nor on the number of ranks; skipped_samples where any were left out.
     """
     samples, digests = zip(*counts, strict=True)
     totals = np.sum(samples, axis=0).tolist()
     tokens = {name: total * sequence_length for name, total in zip(sources, totals, strict=True)}
-    return {"from_step": first, "to_step": last, "tokens": tokens, "digest": f"{sum(digests) % (1 << 64):016x}"}
+    line = {"from_step": first, "to_step": last, "tokens": tokens, "digest": f"{sum(digests) % (1 << 64):016x}"}
+    skipped = sum(skip.samples for skip in skips if first <= skip.after_step < last)
+    return {**line, "skipped_samples": skipped} if skipped else line
 
 
 def heldout_domains(run: Run) -> list[str]:

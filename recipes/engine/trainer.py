@@ -25,12 +25,18 @@ from nanotron.trainer import DistributedTrainer
 
 from recipes.audit import stage_dataset
 from recipes.engine.checkpoint import Topology, check_space, commit, partial_folder, prune
+from recipes.engine.fault import injected_fault
 from recipes.engine.feed import Feed, Place, heldout_batches, heldout_domains, ledger_line, micro_batch
+from recipes.engine.guard import LossGuard
 from recipes.engine.model import RopeLlama, RopeLlamaConfig
 from recipes.engine.progress import ProgressLine, peak_flops
-from recipes.files import append_line, checksum, write_json
+from recipes.engine.tracker import Tracker, chosen_tracker
+from recipes.engine.watchdog import Watchdog
+from recipes.files import append_line, checksum, read_lines, write_json
 from recipes.plan import StagePlan, flops_per_token
 from recipes.run import Run
+from recipes.skips import read_skips
+from recipes.upload import start_upload
 
 T = TypeVar("T")
 
@@ -52,15 +58,20 @@ class Stopped(Exception):
 class StageTrainer(DistributedTrainer):  # type: ignore[misc]
     """Trains one stage of a run, on one rank."""
 
-    def __init__(self, run: Run, stage: StagePlan, config: Path, stop_requested: Callable[[], bool]) -> None:
+    def __init__(
+        self, run: Run, stage: StagePlan, config: Path, stop_requested: Callable[[], bool],
+        watchdog: Watchdog | None = None,
+    ) -> None:  # fmt: skip
         """Builds or loads the model; all ranks together.
 
         Args:
             config: Nanotron's configuration (engine/config.py), which says what to start from.
             stop_requested: asked after every step; one rank's yes stops all.
+            watchdog: told of every step.
         """
         super().__init__(str(config), model_config_class=RopeLlamaConfig, model_class=RopeLlama)
         self.run, self.stage, self.stop_requested = run, stage, stop_requested
+        self.watchdog = watchdog or Watchdog(run.recipe.guard, print)
         context, model = self.parallel_context, self.unwrapped_model
         self.topology = Topology(
             context.dp_pg.size(), context.tp_pg.size(), context.pp_pg.size(), self.config.optimizer.zero_stage
@@ -82,18 +93,27 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
         """What kept this rank from writing a line, for all to hear of at the next agreement."""
         self.progress = ProgressLine(stage)
         self.peak_flops = peak_flops(self.config.model.dtype)
+        self.guard, self.owed = LossGuard(run.recipe.guard), False
+        self.fault = injected_fault(run.recipe)
+        self.skips = read_skips(run, stage.name)
+        self.tracker = Tracker("none", run, stage.name)
 
     def fit(self) -> None:
         """Trains to the stage's end.
 
         Raises:
             Stopped: a stop was requested; a checkpoint is written.
+            Diverged: a loss that is no number, or a spike that stays; no checkpoint is written of such steps.
             WriteError: the disk is full, say; the checkpoints written before are as they were.
         """
         if self.agree()[0]:
             raise Stopped(self.start_iteration_step)
+        self.tracker = Tracker(chosen_tracker() if self.rank == 0 else "none", self.run, self.stage.name)
+        if self.rank == 0:
+            start_upload(self.run)
         if self.start_iteration_step == self.stage.start_step:
             self.write_heldout("start")
+        self.guard.replay(self.together(self.last_losses)[0])
         self.train(self.feed.batches(self.start_iteration_step - self.stage.start_step))
 
     # What Nanotron's loop calls
@@ -105,32 +125,43 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
         """One step of the optimizer; notes the learning rate it is done with."""
         self.feed.seconds = 0.0
         self.learning_rate = self.optimizer.get_base_optimizer().param_groups[0]["lr"]
+        if self.fault == (self.iteration_step, self.rank):
+            next(self.unwrapped_model.parameters()).data.fill_(float("nan"))
         return super().training_step(dataloader)
 
     def train_step_logs(self, outputs: Any, loss_avg: Tensor | None) -> None:
         """After every step: metrics, a checkpoint where one is due, and the end where one is asked for."""
         step, stage = self.iteration_step, self.stage
-        stop, loss = self.agree(loss_avg)
+        self.watchdog.beat(time.time() - self.iteration_start_time)
+        stop, loss, finite = self.agree(loss_avg, bool(self.grad_norm_unclipped.isfinite()))
+        self.guard.judge(step, loss, finite)
         line = self.metrics(loss) if self.rank == 0 else {}
         if step == stage.end_step:
             self.write_heldout("end")
-        due = step % self.config.checkpoints.checkpoint_interval == 0 or step in stage.kept_steps
+        self.owed |= step % self.config.checkpoints.checkpoint_interval == 0
+        due = (self.owed and not self.guard.spikes) or step in stage.kept_steps
         if due or stop:
             self.write_checkpoint(line)
         elif self.rank == 0:
             self.append_metrics(line)
         if self.rank == 0:
             self.progress.show(line, always=due or stop)
+            self.tracker.log(line)
         if stop and step < stage.end_step:
             raise Stopped(step)
 
     def save_checkpoint(self) -> None:
         """Called by Nanotron's loop at the interval; `train_step_logs` has written it."""
 
+    def last_losses(self) -> list[float]:
+        """Rank 0: the losses that the guard has to know."""
+        lines = read_lines(self.folder / "metrics.jsonl")[-self.guard.memory :] if self.rank == 0 else []
+        return [line["loss"] for line in lines]
+
     # What all ranks agree on
 
-    def agree(self, loss: Tensor | None = None) -> tuple[bool, float]:
-        """Whether any rank wants to stop, and the loss, which only the last ranks of the pipeline know.
+    def agree(self, loss: Tensor | None = None, finite: bool = True) -> tuple[bool, float, bool]:
+        """Whether any rank wants to stop; the loss, which only the pipeline's last ranks know; if all are `finite`.
 
         Raises:
             WriteError: a rank could not write a line.
@@ -138,11 +169,12 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
         context = self.parallel_context
         speaks = loss is not None and dist.get_rank(context.dp_pg) == dist.get_rank(context.tp_pg) == 0
         said = loss.item() if speaks and loss is not None else 0.0
-        word = torch.tensor([self.stop_requested(), self.write_problem is not None, said], dtype=torch.float64)
+        words = [self.stop_requested(), self.write_problem is not None, said, not finite]
+        word = torch.tensor(words, dtype=torch.float64)
         torch.distributed.all_reduce(word, group=self.control)
         if word[1]:
             raise WriteError(self.write_problem or "another rank could not write")
-        return bool(word[0]), float(word[2])
+        return bool(word[0]), float(word[2]), not word[3]
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """Does `work` on every rank; returns all results, on all ranks.
@@ -195,19 +227,27 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
         Raises:
             WriteError: on all ranks; nothing of the checkpoint is left.
         """
+        with self.watchdog.during("checkpoint"):
+            self.save(metrics)
+        self.ledger_step, self.owed = self.iteration_step, False
+        if self.rank == 0:
+            start_upload(self.run)
+
+    def save(self, metrics: dict[str, Any]) -> None:
+        """The steps of `write_checkpoint`, and what remains if one fails."""
         began, step = time.perf_counter(), self.iteration_step
         partial = partial_folder(self.run.checkpoints(self.stage.name), step)
         try:
             self.together(lambda: self.prepare_folder(partial))
             counts = self.together(lambda: self.write_files(partial))
-            line = ledger_line(self.ledger_step, step, list(self.stage.shares), self.stage.sequence_length, counts)
+            sources, length = list(self.stage.shares), self.stage.sequence_length
+            line = ledger_line(self.ledger_step, step, sources, length, counts, self.skips)
             self.together(lambda: self.complete(partial, metrics, line, began))
         except WriteError as error:
             problem = f"the checkpoint of step {step}: {error}; {self.room()}"
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise WriteError(problem) from None
-        self.ledger_step = step
 
     def prepare_folder(self, partial: Path) -> None:
         """Rank 0: the empty folder, if there is room for a checkpoint."""
@@ -263,10 +303,11 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
             if self.rank == 0:
                 print(f"no held-out loss: it needs pp 1, not {self.topology.pp}", flush=True)
             return
-        losses = {domain: self.heldout_loss(domain) for domain in heldout_domains(self.run)}
-        before = json.loads(path.read_text(encoding="utf-8")) if when != "start" and path.is_file() else {}
-        after = before | {when: {domain: loss for domain, loss in losses.items() if loss}}
-        self.together(lambda: write_json(path, after) if self.rank == 0 else None)
+        with self.watchdog.during("held-out evaluation"):
+            losses = {domain: self.heldout_loss(domain) for domain in heldout_domains(self.run)}
+            before = json.loads(path.read_text(encoding="utf-8")) if when != "start" and path.is_file() else {}
+            after = before | {when: {domain: loss for domain, loss in losses.items() if loss}}
+            self.together(lambda: write_json(path, after) if self.rank == 0 else None)
 
     def heldout_loss(self, domain: str) -> dict[str, float] | None:
         """Mean loss in nats a token over a domain's held-out sequences, the same on any number of ranks."""
