@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from recipes.diff import Diff, Problem
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / ".github" / "mixture_diff.py"
 WORKFLOW = ROOT / ".github" / "workflows" / "mixture-diff.yml"
@@ -99,6 +101,13 @@ def test_a_lint_error_ends_in_code_2(repo: Path, script: ModuleType, capsys: pyt
     assert script.main([]) == 2
     assert "dp 32 × micro_batch 8" in capsys.readouterr().err
     assert "Errors that must be corrected" in (repo / "mixture-diff.md").read_text()
+
+
+def test_what_the_diff_says_is_not_said_twice(script: ModuleType) -> None:
+    diff = Diff("a", "b", problems=(Problem("after", "cannot read that"),))
+    assert script.report(diff, ["cannot read that", "wrong dp"]).count("cannot read that") == 1
+    assert "wrong dp" in script.report(diff, ["cannot read that", "wrong dp"])
+    assert "Errors" not in script.report(diff, ["cannot read that"])
 
 
 def test_mending_what_was_broken_passes(repo: Path, script: ModuleType) -> None:

@@ -121,6 +121,11 @@ def test_the_gate_waits_for_a_proposal_then_for_a_person_then_is_open(run: Path)
     assert standing.read(run).next_gate is None
 
 
+def test_a_stage_that_has_begun_waits_for_no_gate(run: Path) -> None:
+    write_json(run / "stage2/state.json", {"stage": "stage2", "state": "training", "step": 100})
+    assert standing.read(run).next_gate is None
+
+
 def test_the_picture_of_a_run_without_slurm(run: Path) -> None:
     text = printed("first")
     for word in ("stage1", "60/100", "60k/100k", "3.000", "1.00e-03", "500", "40%", "20 s", "2 min", "2 × preempted",

@@ -36,7 +36,7 @@ class Interleave:
         """Builds one period.
 
         Args:
-            shares: exact share by source; their order is the order of the source indices.
+            shares: exact share by source; their order is the order of the source indices, and of nothing else.
 
         Raises:
             UserError: a share that is not positive, shares that do not sum to 1, or a period above 1,048,576.
@@ -44,7 +44,9 @@ class Interleave:
         self.period = _period(shares)
         counts = [int(share * self.period) for share in shares.values()]
         self._counts = np.array(counts, dtype=np.int64)
-        self._source = _assign(counts, self.period)
+        by_name = sorted(range(len(counts)), key=list(shares).__getitem__)  # ties go to the first name
+        assigned = _assign([counts[i] for i in by_name], self.period)
+        self._source = np.array(by_name, dtype=assigned.dtype)[assigned]
         self._rank = np.empty(self.period, dtype=np.int32)
         for i, count in enumerate(counts):
             self._rank[self._source == i] = np.arange(count, dtype=np.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import pairwise
+from random import Random
 
 import numpy as np
 import pytest
@@ -137,3 +138,14 @@ def test_numbers_outside_are_refused(n: int) -> None:
             interleave.locate(number)
     with pytest.raises(IndexError, match=str(n)):
         interleave.counts(n)
+
+
+@given(mixtures(), st.randoms(use_true_random=False), NUMBERS)
+def test_the_order_in_the_file_changes_nothing(shares: Shares, random: Random, first: int) -> None:
+    names = list(shares)
+    random.shuffle(names)
+    other = {name: shares[name] for name in names}
+    n = np.arange(first, first + 3000)
+    (sources, ranks), (others, other_ranks) = Interleave(shares).locate(n), Interleave(other).locate(n)
+    assert [list(shares)[i] for i in sources] == [names[i] for i in others]
+    assert (ranks == other_ranks).all()

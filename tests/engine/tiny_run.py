@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from recipes.data.manifest import Manifest
 from recipes.files import read_lines
@@ -89,7 +90,9 @@ def make_run(folder: Path, recipe: dict[str, Any] | None = None, **stages: dict[
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(yaml.safe_dump(value, sort_keys=False))
     tokenizer = root / "made-with.json"
-    Tokenizer(WordLevel({f"word{i}": i for i in range(VOCAB)}, unk_token="word0")).save(str(tokenizer))
+    words = Tokenizer(WordLevel({f"word{i}": i for i in range(VOCAB)}, unk_token="word0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.save(str(tokenizer))
     for name, domain in SOURCES.items():
         write_source(folder / "run" / "data" / name, name, tokenizer)
         if not (folder / "run" / "data" / "heldout" / domain).exists():

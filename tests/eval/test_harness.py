@@ -1,0 +1,124 @@
+"""`smol eval` on a real checkpoint: a crash keeps the others' results, the same command goes on, nothing runs twice."""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eval.harness import Options, scorecard_path, subject_of, with_limit
+from eval.scorecard import Scorecard
+from eval.suite import load_suite
+from recipes.engine.checkpoint import MANIFEST
+from recipes.errors import UserError
+from recipes.files import checksum
+from recipes.run import Run
+from tests.engine import tiny_run
+from tests.eval.fixtures import write_datasets, write_model
+
+pytestmark = pytest.mark.slow
+SUITE = "extends: rehearsal\nonly: [docs-choice, code-choice]\n"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A tiny run, its first stage trained."""
+    made = tiny_run.make_run(tmp_path_factory.mktemp("harness"), {"tokenizer": {"end_of_text": "word0"}})
+    tiny_run.train(made, "stage1")
+    return made
+
+
+def smol(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "recipes.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=tiny_run.environment(), capture_output=True, text=True)
+
+
+def checkpoint(run: Run) -> Path:
+    return run.checkpoints("stage1") / str(run.plan.stage("stage1").end_step)
+
+
+def test_a_crash_keeps_the_others_and_the_same_command_goes_on(run: Run, tmp_path: Path) -> None:
+    data = write_datasets(tmp_path / "data")
+    broken = data / "code-choice" / "test.jsonl"
+    right = broken.read_text()
+    broken.write_text(right.replace('"label": 2', '"label": 9'))
+    (tmp_path / "mine.yaml").write_text(SUITE)
+    command = ["eval", checkpoint(run), "--suite", "mine.yaml", "--data-root", data, "--scores", tmp_path / "scores"]
+
+    crashed = smol(tmp_path, *command)
+    results = run.folder / "eval" / subject_of(checkpoint(run)).name / "mine"
+    assert crashed.returncode == 1, crashed.stderr
+    assert "1 of 2 benchmarks crashed" in crashed.stderr and "code-choice: IndexError" in crashed.stderr
+    assert (results / "docs-choice.json").is_file() and not (results / "code-choice.json").exists()
+    assert not list((tmp_path / "scores").glob("*"))
+
+    kept = (results / "docs-choice.json").read_bytes()
+    broken.write_text(right)
+    done = smol(tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    assert (results / "docs-choice.json").read_bytes() == kept
+    [path] = (tmp_path / "scores").glob("*.json")
+    card = Scorecard.load(path)
+    assert (card.recipe, card.stage, card.step) == ("tiny", "stage1", run.plan.stage("stage1").end_step)
+    assert card.tokens == card.step * run.recipe.tokens_per_step
+    assert card.checkpoint == checksum(checkpoint(run) / MANIFEST)
+    assert card.benchmarks["code-choice"].data.startswith("local:") and card.versions["lighteval"] == "0.13.0"
+    assert card.benchmarks["docs-choice"].score.items == 3
+    assert "docs-choice" in done.stdout and f"{card.benchmarks['docs-choice'].score.value:.2f}" in done.stdout
+
+    before = {p: p.stat().st_mtime_ns for p in results.iterdir() if p.suffix in (".json", ".log")}
+    again = smol(tmp_path, *command)
+    assert again.returncode == 0 and Scorecard.load(path) == card
+    assert {p: p.stat().st_mtime_ns for p in results.iterdir() if p.suffix in (".json", ".log")} == before
+
+    with open(results / "docs-choice.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        busy = smol(tmp_path, *command)
+    assert busy.returncode == 2 and "docs-choice of this checkpoint is being evaluated already" in busy.stderr
+
+
+def test_a_model_folder_is_evaluated_as_it_is(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "published")
+    subject = subject_of(model)
+    assert (subject.recipe, subject.name, subject.run) == ("published", "model-0", None)
+    again = subject_of(model).hash
+    write_model(model, seed=1)
+    assert again == subject.hash != subject_of(model).hash
+
+
+def test_what_is_no_checkpoint_of_a_run_is_refused(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="manifest is missing"):
+        subject_of(tmp_path)
+    lone = tmp_path / "a" / "b" / "c"
+    lone.mkdir(parents=True)
+    (lone / MANIFEST).write_bytes((checkpoint(run) / MANIFEST).read_bytes())
+    with pytest.raises(UserError, match="lies in no run"):
+        subject_of(lone)
+
+
+def test_bad_input_runs_nothing(run: Run, tmp_path: Path) -> None:
+    data = write_datasets(tmp_path / "data")
+    cases = {
+        "humaneval runs programs": ["--suite", "final-base", "--data-root", data],
+        "has no benchmark 'gsm9k'": ["--suite", "rehearsal", "--data-root", data, "--only", "gsm9k"],
+        "there is no suite 'x'": ["--suite", "x"],
+        "is on no Hub": ["--suite", "rehearsal"],
+        "--every minute is unknown": ["--every", "minute"],
+    }
+    before = sorted(run.folder.rglob("*"))
+    for said, arguments in cases.items():
+        done = smol(tmp_path, "eval", checkpoint(run), *arguments)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert sorted(run.folder.rglob("*")) == before
+
+
+def test_scorecards_are_named_by_checkpoint_and_suite(run: Run) -> None:
+    subject, options = subject_of(checkpoint(run)), Options(scores=Path("s"))
+    assert scorecard_path(subject, "between-stages", options) == Path(f"s/stage1-{subject.step}.json")
+    assert scorecard_path(subject, "quick", options) == Path(f"s/stage1-{subject.step}.quick.json")
+    limited = with_limit(load_suite("quick"), 50)
+    assert {b.limit for b in limited.benchmarks.values()} == {50}
+    assert {b.limit for b in with_limit(limited, 80).benchmarks.values()} == {50}
