@@ -1,24 +1,36 @@
 # make rehearse   the whole run, small, on this machine
-# make test       the whole test suite; make test-fast leaves out what trains or tokenises
+# make test       the whole test suite, with the virtual Slurm cluster where there can be one
+# make test-fast  leaves out what trains or tokenises
 # make lint       ruff, and mypy (strict)
 # PYTHON=python3.12 make … picks an interpreter; PIP_ARGS adds to pip's arguments (an index with CPU builds of torch, say).
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: rehearse test test-fast lint clean
+SLURM := slurmctld slurmd slurm-client munge
+
+.PHONY: rehearse test test-fast slurm lint clean
 rehearse: $(READY)
 	$(BIN)/smol rehearse
 
-test: $(READY)
-	$(BIN)/python -m pytest
+# Two at a time: the cluster's tests wait for most of theirs.
+test: $(READY) slurm
+	$(BIN)/python -m pytest -rs tests/cluster & cluster=$$!; \
+	$(BIN)/python -m pytest --ignore=tests/cluster; code=$$?; wait $$cluster && exit $$code
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
 
+# RUNLEVEL=1 keeps Debian from starting the daemons: the tests start their own.
+slurm:
+	@test -x /usr/sbin/slurmctld -a -x /usr/sbin/slurmd -a -x /usr/sbin/munged || { \
+	  echo "installing $(SLURM)" && export RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive && test "$$(id -u)" = 0 && \
+	  apt-get -qq update && apt-get -qq install -y --no-install-recommends $(SLURM) > /dev/null; } || \
+	  echo "not installed: that takes root and Debian. The tests of tests/cluster will be skipped."
+
 lint: $(READY)
-	$(BIN)/ruff check recipes eval tests
-	$(BIN)/ruff format --check recipes eval tests
+	$(BIN)/ruff check recipes eval tests .github
+	$(BIN)/ruff format --check recipes eval tests .github
 	$(BIN)/mypy
 
 # The marker is made last: a set-up that was interrupted starts again.
