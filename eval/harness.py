@@ -184,7 +184,7 @@ def model_folder(subject: Subject) -> Path:
     model = subject.work / "model"
     with _locked(subject.work / "model.lock", "this checkpoint", wait=True):
         note = model / CONVERSION
-        if model.exists() and json.loads(note.read_text(encoding="utf-8")).get("manifest") != subject.hash:
+        if model.exists() and (not note.is_file() or json.loads(note.read_bytes()).get("manifest") != subject.hash):
             shutil.rmtree(model)  # of an earlier training of the same step
         return to_transformers(subject.path, model)
 

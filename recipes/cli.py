@@ -127,6 +127,7 @@ def create(
     recipe: RecipeArgument = "smollm2-1.7b",
     data: Annotated[Path, typer.Option(help="Folder of the tokenised sources, a folder each.")] = Path("data"),
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer.json; the recipe's if left out.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="A Llama in transformers' format to start from.")] = None,
 ) -> None:
     """Freeze a recipe, its tokenizer and its plan into a run folder, ready for torchrun.
 
@@ -138,9 +139,21 @@ def create(
 
     loaded = load(recipe)
     folder = runs_folder() / run if len(Path(run).parts) == 1 else Path(run)
+    if weights is not None:
+        give_weights(weights, folder)
     made = Run.create(folder, loaded, data, resolve_tokenizer(tokenizer or loaded.tokenizer.name))
     ranks = f"{loaded.parallelism.gpus} processes in all"
     print(f"{made.folder}: start with torchrun … -m recipes.train {made.folder} {loaded.stages[0].name} ({ranks})")
+
+
+def give_weights(model: Path, folder: Path) -> None:
+    """Converts a model into the run folder's initial weights; training compares them with the recipe."""
+    from recipes.engine.convert import to_nanotron
+    from recipes.run import INITIAL_WEIGHTS, RUN_FILE
+
+    if (folder / RUN_FILE).exists():
+        raise UserError("there is a run here already", "choose another name", folder)
+    to_nanotron(model, folder / INITIAL_WEIGHTS, progress=Console(stderr=True))
 
 
 @app.command()

@@ -169,6 +169,7 @@ def _audit_table(run: Run, audits: list[StageAudit]) -> str:
             numbers = f"{float(use.share):.2%}", f"{tokens:,}", f"{read:,}", epochs_of(use.epochs_run)
             rows.append([found.stage, use.domain, name, *numbers, verdict])
     problems = "".join(f"<p class=bad>{html.escape(text)}</p>" for a in audits for text in a.problems)
+    problems += "".join(f"<p class=note>{html.escape(text)}</p>" for a in audits for text in a.notes)
     head = ["stage", "domain", "source", "share", "planned", "realised", "epochs so far", ""]
     return problems + _table(head, rows)
 

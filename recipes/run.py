@@ -17,6 +17,8 @@ from recipes.recipe import Recipe
 
 RUN_FILE = "run.json"
 TOKENIZER = "recipe/tokenizer.json"
+INITIAL_WEIGHTS = "initial"
+"""The checkpoint of weights that a run was given to start from."""
 ADOPTION = "adoption.json"
 """A mixture that is being put in another's place."""
 
@@ -116,6 +118,12 @@ class Run:
     def tokenizer(self) -> Path:
         """The tokenizer.json that the run's data must have been made with."""
         return self.folder / TOKENIZER
+
+    @property
+    def initial_weights(self) -> Path | None:
+        """A converted model to start from, if the run was given one."""
+        folder = self.folder / INITIAL_WEIGHTS
+        return folder if (folder / "manifest.json").is_file() else None
 
     @property
     def data_folder(self) -> Path:

@@ -125,3 +125,5 @@ def show_audits(plan: Plan, audits: list[StageAudit], console: Console) -> None:
     console.print(table)
     for text in (text for found in audits for text in found.problems):
         console.print(f"[red]{text}", highlight=False, soft_wrap=True)
+    for note in (note for found in audits for note in found.notes):
+        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)

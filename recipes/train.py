@@ -213,9 +213,7 @@ def check_data(run: Run, stage: StagePlan) -> None:
 
 def configure(run: Run, stage: StagePlan, topology: Topology, start: Start) -> Path:
     """Writes config.yaml, and takes away what metrics and ledger say of steps that are trained again."""
-    weights = None
-    if start.checkpoint is None and topology.tp * topology.pp > 1:
-        weights = step_zero(run)
+    weights = initial_weights(run, topology) if start.checkpoint is None else None
     resume = start.checkpoint.folder if start.checkpoint else None
     config = nanotron_config(
         run.recipe, stage, topology, run.checkpoints(stage.name), resume=resume, weights=weights
@@ -229,11 +227,27 @@ def configure(run: Run, stage: StagePlan, topology: Topology, start: Start) -> P
     return folder / "config.yaml"
 
 
+def initial_weights(run: Run, topology: Topology) -> Path | None:
+    """The weights that the run was given, or step 0 where Nanotron 0.4 cannot draw them; else none.
+
+    Raises:
+        UserError: the weights given are damaged, or of another model.
+    """
+    given = run.initial_weights
+    if given is not None:
+        from recipes.engine.convert import check_start
+
+        check_start(given, run)
+        print(f"initial weights: {given}", flush=True)
+        return given
+    return step_zero(run) if topology.tp * topology.pp > 1 else None
+
+
 def tell(stage: StagePlan, start: Start, topology: Topology) -> None:
     """Says where training starts from."""
     for folder, reason in start.passed_over:
         print(f"passed over, now {folder.name}.damaged: {reason}", flush=True)
-    origin = f"after {start.checkpoint.folder}" if start.checkpoint else "from random weights"
+    origin = f"after {start.checkpoint.folder}" if start.checkpoint else "from initial weights"
     ranks = f"dp {topology.dp}, tp {topology.tp}, pp {topology.pp}"
     print(f"{stage.name}: steps {start.step + 1:,} to {stage.end_step:,}, {origin}; {ranks}", flush=True)
 

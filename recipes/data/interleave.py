@@ -46,7 +46,7 @@ class Interleave:
         self._counts = np.array(counts, dtype=np.int64)
         by_name = sorted(range(len(counts)), key=list(shares).__getitem__)  # ties go to the first name
         assigned = _assign([counts[i] for i in by_name], self.period)
-        self._source = np.array(by_name, dtype=assigned.dtype)[assigned]
+        self._source: np.ndarray[Any, Any] = np.array(by_name, dtype=assigned.dtype)[assigned]
         self._rank = np.empty(self.period, dtype=np.int32)
         for i, count in enumerate(counts):
             self._rank[self._source == i] = np.arange(count, dtype=np.int32)

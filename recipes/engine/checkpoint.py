@@ -183,6 +183,8 @@ def commit(partial: Path, *, recipe: str, stage: str, step: int, plan: str, topo
         _sync_file(partial / entry.name)
     content = {"recipe": recipe, "stage": stage, "step": step, "plan": plan, "topology": asdict(topology)}
     write_json(partial / MANIFEST, {**content, "files": [asdict(entry) for entry in files]})
+    for entry in files:  # safetensors lets nobody but the owner read
+        (partial / entry.name).chmod((partial / MANIFEST).stat().st_mode & 0o777)
     final = partial.with_name(str(step))
     partial.rename(final)
     sync_folder(final.parent)
