@@ -76,7 +76,9 @@ def cause_of(state: Event, complete: bool, code: int, signal: str) -> tuple[str,
         return "disk-full", reason
     if signal in SIGNALS:
         return SIGNALS[signal], reason if what == "stopped" else f"no checkpoint was written in time: {reason}"
-    return "crash", f"stopped by {reason}" if what == "stopped" else reason
+    if what == "stopped":  # Slurm sends a preempted job's SIGTERM to its steps only
+        return "preempted", f"stopped by {reason}"
+    return "crash", reason
 
 
 def failures(events: Sequence[Event], stage: str, step: int) -> list[Event]:

@@ -20,7 +20,6 @@ from tests.conftest import TINY, write_source
 from tests.test_loader import change
 
 SUITE = """
-seed: 1
 benchmarks:
   docs-choice: {metric: acc, shots: 0, items: 10, chance: 25, domains: [web]}
   code-choice: {metric: acc, shots: 0, items: 10, chance: 25, domains: [code]}

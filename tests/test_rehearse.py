@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from eval.scorecard import scorecards
 from recipes.audit import audit
 from recipes.files import read_lines
+from recipes.loader import load_mixture
 from recipes.report import heldout_losses
 from recipes.run import Run
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def start(tree: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -27,7 +31,7 @@ def start(tree: Path, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_a_rehearsal_survives_ctrl_c_and_a_kill(tree: Path) -> None:
-    process = start(tree, "--minutes", "0.6")
+    process = start(tree, "--minutes", "0.6", "--closed-loop")
     folder = tree / "runs" / "rehearsal-smollm2-1.7b-1"
     metrics = folder / "stage1" / "metrics.jsonl"
     while process.poll() is None and len(read_lines(metrics)) < 4:
@@ -45,7 +49,9 @@ def test_a_rehearsal_survives_ctrl_c_and_a_kill(tree: Path) -> None:
     assert resumed.returncode in (0, 1), output  # 1: this few steps need not lower every held-out loss
     run = Run.load(folder)
     assert [line["step"] for line in read_lines(metrics)] == list(range(1, run.plan.stages[0].end_step + 1))
-    assert [event["event"] for event in read_lines(folder / "events.jsonl")] == ["killed", "finished"]
+    events = [event["event"] for event in read_lines(folder / "events.jsonl")]
+    assert events == ["adopted", "killed", "adopted", "adopted", "finished"]
+    check_loop(run, tree)
     found = audit(run, digests=True)
     assert [a.stage for a in found] == ["stage1", "stage2", "stage3", "stage4"]
     assert all(a.complete and not a.problems for a in found)
@@ -57,6 +63,25 @@ def test_a_rehearsal_survives_ctrl_c_and_a_kill(tree: Path) -> None:
     assert not (folder / "corpora").exists()
     checkpoints = sorted(p.name for p in folder.glob("stage*/checkpoints/*"))
     assert checkpoints == sorted(str(s.end_step) for s in run.plan.stages)
+
+
+def check_loop(run: Run, tree: Path) -> None:
+    """Every stage was evaluated, and each one after the first was trained on what was proposed for it."""
+    cards = scorecards(run.folder / "eval" / "scores")
+    assert [(card.stage, card.step) for card in cards] == [(s.name, s.end_step) for s in run.plan.stages]
+    assert all(set(card.benchmarks) == {"docs-choice", "code-choice", "word-problems"} for card in cards)
+    assert all(result.score.stderr > 0 for card in cards for result in card.benchmarks.values())
+    before = run.recipe.stages[0].mixture
+    for stage in run.recipe.stages[1:]:
+        proposed = load_mixture(run.folder / "proposals" / f"{stage.name}.yaml", run.recipe.sources)
+        assert stage.mixture == proposed != before
+        assert "## Scores that pulled" in (run.folder / "proposals" / f"{stage.name}.md").read_text()
+        before = proposed
+    for stage_file in (tree / "mixtures").rglob("*.yaml"):  # never in mixtures/
+        assert stage_file.read_bytes() == (ROOT / stage_file.relative_to(tree)).read_bytes()
+    report = (run.folder / "report.html").read_text()
+    assert f"{cards[-1].benchmarks['docs-choice'].score.value:.2f} ±" in report
+    assert "trained on the proposal" in report
 
 
 def test_folders_are_numbered(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

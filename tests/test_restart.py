@@ -22,7 +22,7 @@ from tests.checkpoints import write_checkpoint
         (("stopped", 75, "SIGUSR1"), False, 1, "USR1", "time-limit"),
         (("stopped", 75, "SIGUSR1"), False, 1, "TERM", "preempted"),
         (("stopped", 75, "SIGTERM"), False, 1, "CANCEL", "cancelled"),
-        (("stopped", 75, "SIGTERM"), False, 143, "none", "crash"),
+        (("stopped", 75, "SIGTERM"), False, 143, "none", "preempted"),
         (("failed", 2, "no data"), False, 1, "none", "user-error"),
         (("failed", 2, "no data"), False, 1, "TERM", "user-error"),
         (("failed", 74, "full"), False, 1, "none", "disk-full"),

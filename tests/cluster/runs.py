@@ -1,0 +1,136 @@
+"""Runs on the virtual cluster: launched with the project's own command, and read from their folders."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes.files import read_lines
+from tests.cluster.lab import Lab
+
+LAUNCH = """
+import json, sys
+from pathlib import Path
+from rich.console import Console
+from recipes.errors import UserError
+from recipes.{module} import {function}
+words = json.loads(sys.argv[1])
+words.update({{key: Path(words[key]) for key in ("data", "mixture") if words.get(key)}})
+try:
+    {call}
+except UserError as error:
+    sys.exit(f"error: {{error}}")
+"""
+
+
+@dataclass
+class Site:
+    """A clone that runs are launched from, and the cluster it is on."""
+
+    lab: Lab
+    root: Path
+    """Holds stages/, mixtures/ and runs/."""
+    data: Path
+    tokenizer: Path
+    profile: Path
+    more: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the jobs."""
+
+    def launch(self, recipe: str, run: str, stages: str | None = None, profile: Path | None = None, **more: Any) -> str:
+        """`smol launch`; returns what it prints. `more` are its further options."""
+        words = {
+            "recipe_name": recipe, "cluster": str(profile or self.profile), "stages": stages, "run_name": run,
+            "dry_run": False, "data": str(self.data), "tokenizer": str(self.tokenizer), **more,
+        }  # fmt: skip
+        return self.call("launch", "launch", words, "sys.exit(launch(**words, console=Console(width=160)))")
+
+    def train(self, run: str, stage: str, **more: Any) -> Live:
+        """`smol launch` of a stage of the tiny recipe; the jobs that would evaluate it are cancelled."""
+        self.launch("tiny", run, stage, **more)
+        live = self.run(run)
+        self.lab.command("scancel", *map(str, live.jobs("eval", stage) + live.jobs("propose", stage)))
+        return live
+
+    def approve(self, run: str, stage: str, **more: Any) -> str:
+        """`smol approve`."""
+        return self.call("gate", "approve", {"run": run, "stage": stage, **more}, "print(approve(**words))")
+
+    def status(self, run: str) -> str:
+        """`smol status`."""
+        return self.call("status", "show", {"run": run}, "show(**words, console=Console(width=160))")
+
+    def cancel(self, run: str) -> str:
+        """`smol cancel`."""
+        return self.call("status", "cancel", {"run": run}, "cancel(**words, console=Console(width=160))")
+
+    def call(self, module: str, function: str, words: dict[str, Any], call: str) -> str:
+        """Calls a function of the project's in a process of its own, as a user would stand in the clone."""
+        script = LAUNCH.format(module=module, function=function, call=call)
+        command = ["env", *(f"{key}={value}" for key, value in self.more.items()), sys.executable, "-c", script]
+        return self.lab.command(*command, json.dumps(words), timeout=120, cwd=self.root)
+
+    def run(self, name: str) -> Live:
+        """A run that was launched here."""
+        return Live(self.lab, self.root / "runs" / name)
+
+
+@dataclass
+class Live:
+    """A run's folder while its jobs run."""
+
+    lab: Lab
+    folder: Path
+
+    def jobs(self, kind: str, stage: str) -> list[int]:
+        """The ids of its jobs, oldest first."""
+        lines = read_lines(self.folder / "jobs.jsonl")
+        return [line["id"] for line in lines if (line["kind"], line["stage"]) == (kind, stage)]
+
+    def events(self, kind: str, stage: str) -> list[dict[str, Any]]:
+        """Its events of a kind, such as start, end or gate."""
+        lines = read_lines(self.folder / "events.jsonl")
+        return [line for line in lines if (line["event"], line.get("stage")) == (kind, stage)]
+
+    def causes(self, stage: str) -> list[str]:
+        """Why the stage's starts have ended."""
+        return [line["cause"] for line in self.events("end", stage)]
+
+    def losses(self, stage: str) -> dict[int, float]:
+        """Loss by step."""
+        return {line["step"]: line["loss"] for line in read_lines(self.folder / stage / "metrics.jsonl")}
+
+    def step(self, stage: str) -> int:
+        """The last step done."""
+        return max(self.losses(stage), default=0)
+
+    def ledger(self, stage: str) -> tuple[dict[str, int], int]:
+        """Tokens by source over the whole stage, and the digests' sum: neither depends on where it was interrupted."""
+        lines = read_lines(self.folder / stage / "ledger.jsonl")
+        total: dict[str, int] = {}
+        for line in lines:
+            for source, tokens in line["tokens"].items():
+                total[source] = total.get(source, 0) + tokens
+        return total, sum(int(line["digest"], 16) if isinstance(line["digest"], str) else line["digest"]
+                          for line in lines) % 2**64  # fmt: skip
+
+    def state(self, stage: str) -> dict[str, Any]:
+        """The stage's state.json; empty as long as there is none."""
+        path = self.folder / stage / "state.json"
+        content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        return content
+
+    def log(self, stage: str) -> str:
+        """What the stage's jobs have printed."""
+        return "\n".join(path.read_text() for path in sorted((self.folder / stage / "logs").glob("*.log")))
+
+    def until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        """Waits; raises TimeoutError with the end of the stages' logs."""
+        try:
+            self.lab.until(condition, seconds, what)
+        except TimeoutError as error:
+            logs = [line for p in sorted(self.folder.glob("stage*")) for line in self.log(p.name).splitlines()[-60:]]
+            raise TimeoutError("\n".join([str(error), *logs])) from None

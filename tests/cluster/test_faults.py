@@ -1,0 +1,232 @@
+"""What goes wrong on a cluster, done to a real run of two nodes and four processes, in the middle of its stage.
+
+Real: Slurm, its signals and requeueing, `smol launch`, slurm/train.slurm with its preflight, torchrun, and Nanotron's
+trainer on CPUs. Of each run, the loss of every step and the ledger are compared with an undisturbed run's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster.lab import Lab
+from tests.cluster.runs import Live, Site
+from tests.cluster.scenario import Fault, Outcome, Story, finished, tell
+from tests.engine.tiny_run import make_run
+
+pytestmark = pytest.mark.slow
+STEPS = 240
+STAGE = "stage1"
+RECIPE = {
+    "parallelism": {"dp": 4}, "batch": {"micro_batch": 2}, "checkpoints": {"interval": 10},
+    "schedule": {"decay_start_step": 2 * STEPS, "decay_steps": 10}, "guard": {"hang_seconds": 10},
+}  # fmt: skip
+PROFILE = {
+    "extends": "virtual", "all_reduce": False, "signal_seconds": 60,
+    "evaluation": {"suite": "rehearsal", "gpus": 0, "cpus": 1, "memory": "2G", "time_limit": "10m", "at_once": 2},
+}  # fmt: skip
+NAN_STEP = 25
+DISK = 24 << 20
+
+
+@pytest.fixture(scope="session")
+def site(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A clone with the tiny recipe and its data, and profiles of both partitions."""
+    made = tmp_path_factory.mktemp("tiny")
+    make_run(made, RECIPE, stage1={"end_step": STEPS}, stage2={"end_step": STEPS + 20, "micro_batch": 1})
+    for name, over in (("main", {}), ("low", {"partition": "low", "signal_seconds": 110})):
+        (made / f"{name}.yaml").write_text(yaml.safe_dump(PROFILE | over))
+    return Site(lab, made / "tree", made / "run/data", made / "tree/made-with.json", made / "main.yaml")
+
+
+@pytest.fixture(scope="session")
+def outcomes(site: Site) -> dict[str, Outcome]:
+    """All stories, told side by side."""
+    tellers = {"undisturbed": undisturbed, "nodes": nodes, "ranks": ranks, "partition": partition, "disk": disk}
+    if only := os.environ.get("STORIES"):
+        tellers = {name: teller for name, teller in tellers.items() if name in only.split(",")}
+    found = {name: Outcome() for name in tellers}
+    tell({name: teller(site, found[name]) for name, teller in tellers.items()}, found, at_once=4)
+    seconds = {fault: times for outcome in found.values() for fault, times in outcome.seconds.items()}
+    site.lab.clear()
+    (site.lab.folder / "seconds.json").write_text(json.dumps(seconds, indent=2))
+    for fault, (noted, over) in seconds.items():
+        print(f"{fault}: noted after {noted:.0f} s, past it after {over:.0f} s")
+    return found
+
+
+# Stories
+
+
+def undisturbed(site: Site, outcome: Outcome) -> Story:
+    yield finished(site.train("undisturbed", STAGE), STAGE)
+
+
+def nodes(site: Site, outcome: Outcome) -> Story:
+    """The controller restarts, an administrator sets a node down, and another node loses its power."""
+    lab = site.lab
+    run = site.train("nodes", STAGE)
+    job = run.jobs("train", STAGE)[0]
+    fault = Fault(run, STAGE, "slurmctld restarted", outcome)
+    yield fault.later()
+    lab.stop_controller()
+    step = run.step(STAGE)
+    lab.until(lambda: run.step(STAGE) > step + 15, 60, "no steps without slurmctld")  # nobody may ask Slurm meanwhile
+    began = time.monotonic()
+    lab.start_controller()
+    outcome.seconds[fault.name] = (0.0, time.monotonic() - began)
+    yield fault.later()
+    assert (len(run.events("start", STAGE)), run.causes(STAGE)) == (1, [])
+
+    fault = Fault(run, STAGE, "node down", outcome)
+    lab.node_down(down := lab.hosts(job)[1])
+    yield from fault.survive("node-failure")
+    assert down not in lab.hosts(job)
+    lab.node_up(down)
+
+    fault = Fault(run, STAGE, "node killed", outcome)
+    yield fault.later()
+    lab.kill_node(killed := lab.hosts(job)[1])
+    yield from fault.survive("node-failure")
+    assert killed not in lab.hosts(job)
+    lab.start_node(killed)
+    yield finished(run, STAGE)
+
+
+def ranks(site: Site, outcome: Outcome) -> Story:
+    """A rank writes NaN, another is killed, another hangs, and a checkpoint is damaged."""
+    lab = site.lab
+    site.more = {"RECIPES_TEST_FAULT": f"nan:step={NAN_STEP}:rank=1"}
+    run = site.train("ranks", STAGE)
+    site.more = {}
+    yield lambda: run.step(STAGE) == NAN_STEP - 1, 120, "the step before NaN"
+    began = time.monotonic()
+    yield lambda: run.causes(STAGE) == ["diverged"], 120, "the end by divergence is recorded"
+    outcome.seconds["NaN"] = (time.monotonic() - began, 0.0)
+    state = run.state(STAGE)
+    assert (state["state"], state["step"]) == ("diverged", 20)
+    assert f"step {NAN_STEP}" in state["reason"] and state["reason"].endswith("checkpoints/20"), state
+    job = run.jobs("train", STAGE)[-1]
+    yield lambda: lab.state(job) == "FAILED", 20, "the job has failed"
+    site.train("ranks", STAGE, from_step=20)
+
+    fault = Fault(run, STAGE, "rank killed", outcome)
+    yield fault.later()
+    os.kill(worker(run, 1), signal.SIGKILL)
+    yield from fault.survive("crash")
+
+    fault = Fault(run, STAGE, "rank hangs", outcome)
+    yield fault.later()
+    os.kill(worker(run, 0), signal.SIGSTOP)
+    yield from fault.survive("hang")
+    stacks = list((run.folder / STAGE / "logs").glob("stacks-*.txt"))
+    assert stacks and "in training_step" in stacks[0].read_text()
+
+    fault = Fault(run, STAGE, "checkpoint damaged", outcome)
+    yield fault.later()
+    os.kill(worker(run, 0), signal.SIGKILL)
+    story = fault.survive("crash")
+    yield next(story)
+    newest = max((run.folder / STAGE / "checkpoints").glob("*[0-9]"), key=lambda path: int(path.name))
+    damage(newest)
+    yield from story
+    assert (newest.parent / f"{newest.name}.damaged").is_dir()
+    yield finished(run, STAGE)
+
+
+def partition(site: Site, outcome: Outcome) -> Story:
+    """A job of a higher partition takes the nodes, and the time limit comes."""
+    lab = site.lab
+    low = site.profile.with_name("low.yaml")
+    run = site.train("partition", STAGE, profile=low)
+    job = run.jobs("train", STAGE)[0]
+
+    fault = Fault(run, STAGE, "preemption", outcome)
+    yield fault.later()
+    where = lab.job(job)["NodeList"]
+    other = lab.submit(
+        "-p", "main", "-N2", f"--nodelist={where}", "--exclusive", "--output=/dev/null", "--wrap", "sleep 5"
+    )
+    yield from fault.survive("preempted")
+    assert lab.state(other) == "COMPLETED"
+
+    fault = Fault(run, STAGE, "time limit", outcome)
+    yield fault.later()
+    hours, minutes, _ = map(int, lab.job(job)["RunTime"].split(":"))
+    limit = 60 * hours + minutes + 2  # in one or two minutes; the job asked for the signal 110 s before
+    lab.command("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+    story = fault.survive("time-limit")
+    yield next(story)
+    change = ["scontrol", "update", f"JobId={job}", "TimeLimit=20"]
+    yield lambda: lab.run(change, 20, None).returncode == 0, 30, "the time limit is put back"
+    yield from story
+    yield finished(run, STAGE)
+
+
+def disk(site: Site, outcome: Outcome) -> Story:
+    """The disk of the checkpoints fills up: training stops; with room, the same launch goes on."""
+    lab = site.lab
+    run = site.train("disk", STAGE)
+    folder = run.folder / STAGE / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    lab.mount_small(folder, DISK)
+    fault = Fault(run, STAGE, "disk full", outcome)
+    yield fault.later(25)
+    ballast = lab.seen(folder) / "ballast"
+    with pytest.raises(OSError), open(ballast, "wb") as file:
+        while True:
+            file.write(bytes(1 << 16))
+            file.flush()
+    began = time.monotonic()
+    yield lambda: run.causes(STAGE) == ["disk-full"], 120, "the full disk is recorded"
+    outcome.seconds["disk full"] = (time.monotonic() - began, 0.0)
+    yield lambda: lab.state(run.jobs("train", STAGE)[0]) == "FAILED", 20, "the job has failed"
+    assert run.state(STAGE)["exit_code"] == 74 and "free" in run.state(STAGE)["reason"], run.state(STAGE)
+    ballast.unlink()
+    site.train("disk", STAGE)
+    yield fault.later()
+    yield finished(run, STAGE)
+
+
+def worker(run: Live, node: int) -> int:
+    """The process of a rank of the run's current job, on its first or second node."""
+    host = run.lab.hosts(run.jobs("train", STAGE)[-1])[node]
+    return run.lab.pids(host, f"-u -m recipes.train {run.folder} {STAGE}")[-1]
+
+
+def damage(checkpoint: Path) -> None:
+    """Flips a byte in the middle of a checkpoint's largest file."""
+    file = max(checkpoint.rglob("*.*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+# What came of them
+
+
+@pytest.mark.parametrize("story", ["undisturbed", "nodes", "ranks", "partition", "disk"])
+def test_it_went_as_documented(story: str, outcomes: dict[str, Outcome], site: Site) -> None:
+    if story not in outcomes:
+        pytest.skip("the variable STORIES leaves it out")
+    error = outcomes[story].error
+    assert error is None, f"{error}\n{site.run(story).log(STAGE)}"
+
+
+@pytest.mark.parametrize("story", ["nodes", "ranks", "partition", "disk"])
+def test_every_loss_and_the_ledger_are_the_undisturbed_runs(
+    story: str, outcomes: dict[str, Outcome], site: Site
+) -> None:
+    if story not in outcomes:
+        pytest.skip("the variable STORIES leaves it out")
+    assert outcomes[story].error is None, "see the test above"
+    run, reference = site.run(story), site.run("undisturbed")
+    assert sorted(reference.losses(STAGE)) == list(range(1, STEPS + 1))
+    assert run.losses(STAGE) == reference.losses(STAGE)
+    assert run.ledger(STAGE) == reference.ledger(STAGE)
