@@ -6,7 +6,6 @@ dataset has subsets `<root>/<folder>/<subtask>/<split>.jsonl`, with the Hub's co
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ from recipes.files import list_files
 
 SEED = 42
 """lighteval's own, fixed in its code: of the items that a limit draws and of the shots."""
-PINNED = "main"
-"""Chosen: the branch, because no commit's hash is at hand; the scorecard records the commit that it stands for."""
 MMLU = (
     "abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry "
     "college_computer_science college_mathematics college_medicine college_physics computer_security "
@@ -48,7 +45,8 @@ class Dataset:
     subtasks: tuple[tuple[str, str], ...] = ()
     """Name and the Hub's configuration of each."""
     shots_split: str | None = None
-    revision: str = PINNED
+    revision: str | None = None
+    """A commit, never a branch: docs/decisions.md says where it was found."""
     folder: str | None = None
     """Below the data root, if it is not the benchmark's name."""
     version: int = 1
@@ -60,8 +58,9 @@ def _same(names: str) -> tuple[tuple[str, str], ...]:
 
 
 _MMLU = Dataset(
-    "cais/mmlu", "", "test", ("question", "subject", "choices", "answer"), _same(MMLU), "dev", folder="mmlu"
-)
+    "cais/mmlu", "", "test", ("question", "subject", "choices", "answer"), _same(MMLU), "dev",
+    revision="c30699e8356da336a370243923dbaf21066bb9fe", folder="mmlu",
+)  # fmt: skip
 _CHOICE = ("context", "choices", "label")
 DATASETS = {
     "mmlu-mc": _MMLU,
@@ -69,20 +68,31 @@ DATASETS = {
     # The revision is the one in lighteval 0.13.0's own task.
     "mmlu-pro": Dataset("TIGER-Lab/MMLU-Pro", "default", "test", ("question", "options", "answer_index"),
                         revision="3373e0b32277875b8db2aa555a333b78a08477ea"),
-    "gsm8k": Dataset("openai/gsm8k", "main", "test", ("question", "answer"), shots_split="train"),
-    "math": Dataset("DigitalLearningGmbH/MATH-lighteval", "", "test", ("problem", "solution"), _same(MATH), "train"),
+    "gsm8k": Dataset("openai/gsm8k", "main", "test", ("question", "answer"), shots_split="train",
+                     revision="740312add88f781978c0658806c59bc2815b9866"),
+    "math": Dataset("DigitalLearningGmbH/MATH-lighteval", "", "test", ("problem", "solution"), _same(MATH), "train",
+                    revision="0530c78699ea5e8eb5530600900e1f328b48acad"),
     "hellaswag": Dataset("Rowan/hellaswag", "default", "validation",
-                         ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
+                         ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+                         revision="218ec52e09a7e7462a5400043bb9a69a41d06b76"),
     "arc": Dataset("allenai/ai2_arc", "", "test", ("question", "choices", "answerKey"),
-                   (("easy", "ARC-Easy"), ("challenge", "ARC-Challenge"))),
-    "piqa": Dataset("ybisk/piqa", "plain_text", "validation", ("goal", "sol1", "sol2", "label")),
+                   (("easy", "ARC-Easy"), ("challenge", "ARC-Challenge")),
+                   revision="210d026faf9955653af8916fad021475a3f00453"),
+    # A copy in parquet: ybisk/piqa is a script, which `datasets` no longer runs.
+    "piqa": Dataset("baber/piqa", "default", "validation", ("goal", "sol1", "sol2", "label"),
+                    revision="142f6d7367fd9877f0fb3b5734ea6a545f54cdd1"),
     "winogrande": Dataset("allenai/winogrande", "winogrande_xl", "validation",
-                          ("sentence", "option1", "option2", "answer")),
-    "openbookqa": Dataset("allenai/openbookqa", "main", "test", ("question_stem", "choices", "answerKey")),
-    "commonsenseqa": Dataset("tau/commonsense_qa", "default", "validation", ("question", "choices", "answerKey")),
-    "triviaqa": Dataset("mandarjoshi/trivia_qa", "rc.nocontext", "validation", ("question", "answer")),
+                          ("sentence", "option1", "option2", "answer"),
+                          revision="01e74176c63542e6b0bcb004dcdea22d94fb67b5"),
+    "openbookqa": Dataset("allenai/openbookqa", "main", "test", ("question_stem", "choices", "answerKey"),
+                          revision="388097ea7776314e93a529163e0fea805b8a6454"),
+    "commonsenseqa": Dataset("tau/commonsense_qa", "default", "validation", ("question", "choices", "answerKey"),
+                             revision="94630fe30dad47192a8546eb75f094926d47e155"),
+    "triviaqa": Dataset("mandarjoshi/trivia_qa", "rc.nocontext", "validation", ("question", "answer"),
+                        revision="0f7faf33a3908546c6fd5b73a660e0f8ff173c2f"),
     "humaneval": Dataset("openai/openai_humaneval", "openai_humaneval", "test",
-                         ("task_id", "prompt", "canonical_solution", "test", "entry_point")),
+                         ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
+                         revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544"),
     "docs-choice": Dataset(None, "", "test", _CHOICE),
     "code-choice": Dataset(None, "", "test", _CHOICE),
     "word-problems": Dataset(None, "", "test", ("question", "answer")),
@@ -172,37 +182,13 @@ def _columns(file: Path) -> list[str]:
 
 
 def data_identity(benchmark: str, data_root: Path | None) -> str:
-    """`<hub id>@<commit>`, or `local:<xxh3-128 of names and contents>`.
-
-    Raises:
-        UserError: the Hub cannot be asked which commit the branch stands for.
-    """
+    """`<hub id>@<commit>`, or `local:<xxh3-128 of names and contents>`."""
     dataset = DATASETS[benchmark]
-    if data_root is not None:
-        folder = _folder(benchmark, data_root)
-        listing = json.dumps([(entry.name, entry.xxh3_128) for entry in list_files(folder)])
-        return f"local:{xxhash.xxh3_128_hexdigest(listing.encode())}"
-    assert dataset.hub is not None, "check_data comes first"
-    return f"{dataset.hub}@{commit_of(dataset.hub, dataset.revision)}"
-
-
-@functools.cache
-def commit_of(hub: str, revision: str) -> str:
-    """The commit that a revision of a Hub dataset stands for now; a commit's own hash is not asked for.
-
-    Raises:
-        UserError: the Hub is out of reach, or has no such dataset.
-    """
-    if len(revision) == 40:
-        return revision
-    from huggingface_hub import HfApi
-
-    try:
-        return str(HfApi().dataset_info(hub, revision=revision).sha)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        fix = "check the network and HF_TOKEN, or give a folder with --data-root"
-        raise UserError(f"the Hub does not tell the commit of {hub} ({reason})".rstrip("."), fix) from None
+    if data_root is None:
+        return f"{dataset.hub}@{dataset.revision}"
+    folder = _folder(benchmark, data_root)
+    listing = json.dumps([(entry.name, entry.xxh3_128) for entry in list_files(folder)])
+    return f"local:{xxhash.xxh3_128_hexdigest(listing.encode())}"
 
 
 def task_file_hash() -> str:

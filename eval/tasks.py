@@ -16,7 +16,7 @@ from lighteval.metrics.utils.metric_utils import Metric
 from lighteval.tasks.lighteval_task import LightevalTaskConfig
 from lighteval.tasks.requests import Doc
 
-from eval.benchmarks import DATASETS, PINNED, commit_of, lighteval_names, local_folder
+from eval.benchmarks import DATASETS, lighteval_names, local_folder
 from eval.metrics import (
     BITS_PER_BYTE,
     CHOICE,
@@ -164,12 +164,9 @@ def config(benchmark: str, name: str, data_root: Path | None) -> LightevalTaskCo
     subset = dict(dataset.subtasks).get(name.partition(":")[2], dataset.subset)
     splits = [dataset.split, *([dataset.shots_split] if dataset.shots_split else [])]
     local = None if data_root is None else str(local_folder(name, data_root))
-    revision = dataset.revision
-    if local is None and revision == PINNED and dataset.hub:
-        revision = commit_of(dataset.hub, revision)
     return LightevalTaskConfig(
         name=name, prompt_function=prompt, hf_repo=local or str(dataset.hub), hf_subset=subset,
-        hf_revision=None if local else revision, hf_avail_splits=splits, evaluation_splits=[dataset.split],
+        hf_revision=None if local else dataset.revision, hf_avail_splits=splits, evaluation_splits=[dataset.split],
         few_shots_split=dataset.shots_split, few_shots_select="sequential", metrics=list(metrics),
         generation_size=tokens, stop_sequence=list(stops), version=dataset.version,
     )  # fmt: skip
