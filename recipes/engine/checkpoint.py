@@ -8,7 +8,6 @@ reads and the next start removes. Neither torch nor nanotron is imported here.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import UserError
-from recipes.files import PARTIAL, FileEntry, list_files, sync_folder, verify_files, write_json
+from recipes.files import PARTIAL, FileEntry, list_files, sync_file, sync_folder, verify_files, write_json
 from recipes.plan import StagePlan
 from recipes.recipe import Recipe
 from recipes.run import Run
@@ -180,7 +179,7 @@ def commit(partial: Path, *, recipe: str, stage: str, step: int, plan: str, topo
     """
     files = list_files(partial)
     for entry in files:
-        _sync_file(partial / entry.name)
+        sync_file(partial / entry.name)
     content = {"recipe": recipe, "stage": stage, "step": step, "plan": plan, "topology": asdict(topology)}
     write_json(partial / MANIFEST, {**content, "files": [asdict(entry) for entry in files]})
     for entry in files:  # safetensors lets nobody but the owner read
@@ -189,11 +188,6 @@ def commit(partial: Path, *, recipe: str, stage: str, step: int, plan: str, topo
     partial.rename(final)
     sync_folder(final.parent)
     return final
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def remove(folder: Path) -> None:

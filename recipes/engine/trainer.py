@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -30,9 +31,10 @@ from recipes.engine.feed import Feed, Place, heldout_batches, heldout_domains, l
 from recipes.engine.guard import LossGuard
 from recipes.engine.model import RopeLlama, RopeLlamaConfig
 from recipes.engine.progress import ProgressLine, peak_flops
+from recipes.engine.snapshot import Snapshot
 from recipes.engine.tracker import Tracker, chosen_tracker
 from recipes.engine.watchdog import Watchdog
-from recipes.files import append_line, checksum, read_lines, write_json
+from recipes.files import append_line, checksum, read_lines, sync_file, write_json
 from recipes.plan import StagePlan, flops_per_token
 from recipes.run import Run
 from recipes.skips import read_skips
@@ -79,6 +81,8 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
         self.rank = dist.get_rank(context.world_pg)
         self.control = torch.distributed.new_group(backend="gloo")
         """All ranks, on CPU: what is agreed here waits for no GPU."""
+        self.writers = torch.distributed.new_group(backend="gloo")
+        """The same, for the threads that write checkpoints."""
         self.place = Place(dist.get_rank(context.pp_pg), model.input_pp_rank, model.output_pp_rank)
         if self.init_checkpoint_path is not None:
             restore_learning_rate(self.optimizer, self.lr_scheduler, stage.schedule.peak_lr)
@@ -90,7 +94,8 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
         self.folder = run.stage_folder(stage.name)
         self.ledger_step = self.start_iteration_step
         self.write_problem: str | None = None
-        """What kept this rank from writing a line, for all to hear of at the next agreement."""
+        """What kept this rank from writing, for all to hear of at the next agreement."""
+        self.snapshot, self.writer = Snapshot(), threading.Thread()
         self.progress = ProgressLine(stage)
         self.peak_flops = peak_flops(self.config.model.dtype)
         self.guard, self.owed = LossGuard(run.recipe.guard), False
@@ -114,7 +119,10 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
         if self.start_iteration_step == self.stage.start_step:
             self.write_heldout("start")
         self.guard.replay(self.together(self.last_losses)[0])
-        self.train(self.feed.batches(self.start_iteration_step - self.stage.start_step))
+        try:
+            self.train(self.feed.batches(self.start_iteration_step - self.stage.start_step))
+        finally:
+            self.wait_for_writer()
 
     # What Nanotron's loop calls
 
@@ -140,13 +148,19 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
             self.write_heldout("end")
         self.owed |= step % self.config.checkpoints.checkpoint_interval == 0
         due = (self.owed and not self.guard.spikes) or step in stage.kept_steps
-        if due or stop:
-            self.write_checkpoint(line)
-        elif self.rank == 0:
-            self.append_metrics(line)
+        last = stop or step == stage.end_step
+        began = time.perf_counter()
+        ledger = self.hold_checkpoint() if due or last else None
         if self.rank == 0:
+            line["seconds"]["checkpoint"] = time.perf_counter() - began if ledger else 0.0
+            self.append_metrics(line)
             self.progress.show(line, always=due or stop)
             self.tracker.log(line)
+        if ledger is not None:
+            self.start_writer(step, ledger)
+        if last:
+            self.wait_for_writer()
+            self.agree()
         if stop and step < stage.end_step:
             raise Stopped(step)
 
@@ -173,11 +187,12 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
         word = torch.tensor(words, dtype=torch.float64)
         torch.distributed.all_reduce(word, group=self.control)
         if word[1]:
+            self.wait_for_writer()  # its word is more than another's
             raise WriteError(self.write_problem or "another rank could not write")
         return bool(word[0]), float(word[2]), not word[3]
 
-    def together(self, work: Callable[[], T]) -> list[T]:
-        """Does `work` on every rank; returns all results, on all ranks.
+    def together(self, work: Callable[[], T], group: Any = None) -> list[T]:
+        """Does `work` on every rank; returns all results, on all ranks. A thread of its own needs its own `group`.
 
         Raises:
             WriteError: it failed on some rank; raised on all of them.
@@ -188,7 +203,7 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
         except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
             problem = f"{error} ({type(error).__name__} on rank {self.rank})"
         answers: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(answers, (result, problem), group=self.control)
+        torch.distributed.all_gather_object(answers, (result, problem), group=group or self.control)
         if problems := [problem for _, problem in answers if problem]:
             raise WriteError(problems[0])
         return [result for result, _ in answers]
@@ -205,7 +220,7 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
             "step": self.iteration_step, "tokens": self.iteration_step * self.run.plan.tokens_per_step, "loss": loss,
             "lr": self.learning_rate, "grad_norm": self.grad_norm_unclipped.item(), "tokens_per_s": rate,
             "mfu": flops / peak if peak else None,
-            "seconds": {"data": self.feed.seconds, "step": seconds - self.feed.seconds, "checkpoint": 0.0},
+            "seconds": {"data": self.feed.seconds, "step": seconds - self.feed.seconds},
         }  # fmt: skip
 
     def append_metrics(self, line: dict[str, Any]) -> None:
@@ -221,33 +236,30 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
 
     # Checkpoints
 
-    def write_checkpoint(self, metrics: dict[str, Any]) -> None:
-        """Writes the checkpoint of this step, with what belongs to it: the metrics so far and the ledger.
+    def hold_checkpoint(self) -> dict[str, Any]:
+        """Takes the state of this step into host memory, once the checkpoint before is written: training stands still.
+
+        Returns:
+            The ledger's line, for `start_writer`.
 
         Raises:
             WriteError: on all ranks; nothing of the checkpoint is left.
         """
-        with self.watchdog.during("checkpoint"):
-            self.save(metrics)
-        self.ledger_step, self.owed = self.iteration_step, False
-        if self.rank == 0:
-            start_upload(self.run)
-
-    def save(self, metrics: dict[str, Any]) -> None:
-        """The steps of `write_checkpoint`, and what remains if one fails."""
-        began, step = time.perf_counter(), self.iteration_step
+        step = self.iteration_step
         partial = partial_folder(self.run.checkpoints(self.stage.name), step)
-        try:
-            self.together(lambda: self.prepare_folder(partial))
-            counts = self.together(lambda: self.write_files(partial))
-            sources, length = list(self.stage.shares), self.stage.sequence_length
-            line = ledger_line(self.ledger_step, step, sources, length, counts, self.skips)
-            self.together(lambda: self.complete(partial, metrics, line, began))
-        except WriteError as error:
-            problem = f"the checkpoint of step {step}: {error}; {self.room()}"
-            if self.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise WriteError(problem) from None
+        with self.watchdog.during("checkpoint"):
+            self.wait_for_writer()
+            self.agree()
+            try:
+                self.together(lambda: self.prepare_folder(partial))
+                counts = self.together(lambda: self.hold_files(partial))
+            except WriteError as error:
+                raise WriteError(self.give_up(step, error)) from None
+        line = ledger_line(
+            self.ledger_step, step, list(self.stage.shares), self.stage.sequence_length, counts, self.skips
+        )
+        self.ledger_step, self.owed = step, False
+        return line
 
     def prepare_folder(self, partial: Path) -> None:
         """Rank 0: the empty folder, if there is room for a checkpoint."""
@@ -255,10 +267,11 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
             partial.mkdir(parents=True)
             check_space(partial, self.run.plan.checkpoint_bytes)
 
-    def write_files(self, folder: Path) -> tuple[list[int], int]:
+    def hold_files(self, folder: Path) -> tuple[list[int], int]:
         """This rank's files, as DistributedTrainer.save_checkpoint writes them, without its collectives.
 
         They would wait for ever for a rank that fails to write. Random states are left out: 0.4 never loads them.
+        Folders and small texts are written here and now.
 
         Returns:
             What this rank has fed since the last checkpoint.
@@ -268,24 +281,53 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
         if self.rank == 0:
             self.config.save_as_yaml(folder / "config.yaml")
             write_json(folder / "model_config.json", asdict(self.model_config))
-        if dist.get_rank(self.parallel_context.dp_pg) == 0:
-            weights.save_weights(model=self.unwrapped_model, parallel_context=self.parallel_context, root_folder=folder)
-        save_optimizer(optimizer=self.optimizer, parallel_context=self.parallel_context, root_folder=folder)
-        save_lr_scheduler(self.lr_scheduler, self.parallel_context, folder)
-        done = {"last_train_step": self.iteration_step, "consumed_train_samples": self.consumed_train_samples}
-        save_meta(self.parallel_context, folder, done)
+        context, done = self.parallel_context, {"last_train_step": self.iteration_step}
+        save_meta(context, folder, {**done, "consumed_train_samples": self.consumed_train_samples})
+        with self.snapshot.take():
+            if dist.get_rank(context.dp_pg) == 0:
+                weights.save_weights(model=self.unwrapped_model, parallel_context=context, root_folder=folder)
+            save_optimizer(optimizer=self.optimizer, parallel_context=context, root_folder=folder)
+            save_lr_scheduler(self.lr_scheduler, context, folder)
         return self.feed.take_count()
 
-    def complete(self, partial: Path, metrics: dict[str, Any], ledger: dict[str, Any], began: float) -> None:
+    def start_writer(self, step: int, ledger: dict[str, Any]) -> None:
+        """Lets a thread write what is held, while training goes on."""
+        self.writer = threading.Thread(target=self.write_held, args=(step, ledger), name="checkpoint", daemon=True)
+        self.writer.start()
+
+    def wait_for_writer(self) -> None:
+        """Until the last checkpoint is written, or could not be."""
+        if self.writer.ident is not None:
+            with self.watchdog.during("checkpoint"):
+                self.writer.join()
+
+    def write_held(self, step: int, ledger: dict[str, Any]) -> None:
+        """The thread: writes the files that are held, and makes them a checkpoint; else notes what was in the way."""
+        partial = partial_folder(self.run.checkpoints(self.stage.name), step)
+        try:
+            self.together(self.snapshot.write, self.writers)
+            self.together(lambda: self.complete(partial, step, ledger), self.writers)
+        except Exception as error:  # of another rank's end, too
+            self.write_problem = self.give_up(step, error)
+
+    def give_up(self, step: int, error: Exception) -> str:
+        """Removes what there is of a checkpoint; returns what to say of it."""
+        if self.rank == 0:
+            shutil.rmtree(partial_folder(self.run.checkpoints(self.stage.name), step), ignore_errors=True)
+        return f"the checkpoint of step {step}: {error}; {self.room()}"
+
+    def complete(self, partial: Path, step: int, ledger: dict[str, Any]) -> None:
         """Rank 0: makes the checkpoint count, after the lines that must be there if it does."""
         if self.rank != 0:
             return
-        metrics["seconds"]["checkpoint"] = time.perf_counter() - began
-        append_line(self.folder / "metrics.jsonl", metrics, sync=True)
+        if self.write_problem:
+            raise OSError(self.write_problem)
+        sync_file(self.folder / "metrics.jsonl")
         append_line(self.folder / "ledger.jsonl", ledger, sync=True)
-        self.commit(partial, self.iteration_step)
+        self.commit(partial, step)
         settings = self.run.recipe.checkpoints
         prune(partial.parent, settings.keep_last, settings.keep_every, self.stage.kept_steps)
+        start_upload(self.run)
 
     def commit(self, partial: Path, step: int) -> None:
         """Rank 0: makes the files in `partial` a checkpoint."""

@@ -188,6 +188,33 @@ def kill_inside_a_checkpoint(run: Run, stage: str) -> None:
     assert partial.exists() and steps(run.checkpoints(stage)) == [16]
 
 
+def test_training_goes_on_while_a_checkpoint_is_written_and_a_kill_then_loses_only_that_one(
+    undisturbed: Run, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path)
+    code = f"""
+import time
+from pathlib import Path
+import recipes.train as train
+train.become_single_process()
+from recipes.run import Run
+from recipes.engine.snapshot import Snapshot
+run, write, written = Run.load({str(run.folder)!r}), Snapshot.write, []
+Snapshot.write = lambda self: written.append(write(self)) if not written else time.sleep(1000)
+stop, word = train.StopRequest(), train.first_word(run.folder, "stage1")
+train.train(run, run.plan.stage("stage1"), Path(word["config"]), stop)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), text=True, stderr=subprocess.PIPE)
+    wait_for(trained(run, "stage1", 11), process)
+    assert steps(run.checkpoints("stage1")) == [4] and partial_folder(run.checkpoints("stage1"), 8).is_dir()
+    assert max(losses(run, "stage1")) == 11, "the next checkpoint waits"
+    kill(process)
+    for stage in ("stage1", "stage2"):
+        out, _ = train(run, stage)
+        assert stage == "stage2" or "steps 5 to 12, after" in out
+    assert_same(run, undisturbed)
+
+
 def test_stopped_on_one_process_and_continued_on_two_it_ends_the_same(undisturbed: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path)
     shutil.rmtree(run.folder / "data" / "heldout")
