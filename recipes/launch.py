@@ -307,7 +307,8 @@ def tell(order: Order, jobs: dict[str, list[int]], submitted: dict[str, list[int
     console.print(draw_tree(title(order), links, order.plan, order.cluster, notes))
     if not submitted:
         live = sorted(i for ids in jobs.values() for i in ids)
-        console.print(f"nothing submitted: {f'job {_span(live)} is queued already' if live else 'all is done'}")
+        there = f"job {_span(live)} is queued already" if len(live) == 1 else f"jobs {_span(live)} are queued already"
+        console.print(f"nothing submitted: {there if live else 'all is done'}")
     console.print(f"{shown(order.folder)}: smol status {order.name} shows how it goes", highlight=False)
 
 

@@ -153,6 +153,9 @@ def check_data(order: Order, tokenizer: str | None, checksums: bool, console: Co
     from recipes.data.manifest import Manifest, tokenizer_sha256
 
     recipe = order.recipe
+    if not order.data.is_dir():
+        fix = "name it with --data or with the profile's `shared`, or make it with slurm/tokenize.slurm"
+        raise UserError("there is no such folder of tokenised sources", fix, order.data)
     path = order.run.tokenizer if order.run else find_tokenizer(recipe, tokenizer)
     sha256 = tokenizer_sha256(path)
     sources = dict.fromkeys(source for stage in order.stages for source in stage.shares)

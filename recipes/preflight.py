@@ -33,6 +33,8 @@ import xxhash
 from recipes.cluster import Cluster, load_frozen
 from recipes.errors import UserError
 from recipes.files import write_atomic, write_json
+from recipes.run import Run
+from recipes.state import EXIT_NOT_WRITTEN, last_saved, write_state
 
 BAD_NODES = 3
 SEE_SECONDS = 30
@@ -59,7 +61,7 @@ Facts = dict[str, Any]
 # On every node
 
 
-def look(run: Path, stage: str, folder: Path) -> Facts:
+def look(run: Path, folder: Path) -> Facts:
     """What this node finds; written for the judge, and again once the others' files are seen."""
     cluster = load_frozen(run)
     node = this_node()
@@ -175,14 +177,14 @@ def judge(nodes: Sequence[str], facts: dict[str, Facts], cluster: Cluster | None
     bad = dict.fromkeys(nodes, "no report: it could not start Python, or not write to the run's folder")
     clock = statistics.median(f["time"] for f in known) if known else 0.0
     most: dict[str, Any] = {key: _most([f[key] for f in known]) for key in ("versions", "code")}
-    drivers = _most([_drivers(f) for f in known])
+    hardware = _most([_hardware(f) for f in known])
     for found in known:
         others = [f["node"] for f in known if f["node"] not in found.get("sees", ())]
         blind = [f["node"] for f in known if found["node"] not in f.get("sees", ())]
         checks = [
             *_gpu_problems(found["gpus"], cluster),
             *found["xid"],
-            _drivers(found) != drivers and f"driver {_drivers(found)}, the others have {drivers}",
+            _hardware(found) != hardware and f"{_hardware(found)}, the others have {hardware}",
             _differing(found["versions"], most["versions"]),
             found["code"] != most["code"] and "its code differs from the other nodes'",
             abs(found["time"] - clock) > CLOCK_SECONDS and f"its clock is {found['time'] - clock:+.0f} s off",
@@ -213,8 +215,11 @@ def _gpu_problems(found: Facts, cluster: Cluster | None) -> list[str]:
     return problems + (["rows of GPU memory wait to be remapped, or could not be"] if rows else [])
 
 
-def _drivers(found: Facts) -> list[str]:
-    return sorted({device["driver"] for device in found["gpus"].get("devices", ())})
+def _hardware(found: Facts) -> str:
+    """A node's kinds of GPUs and drivers, in words."""
+    devices = found["gpus"].get("devices", ())
+    kinds = {f"{one['name']} of {one['total_mib']} MiB with driver {one['driver']}" for one in devices}
+    return " and ".join(sorted(kinds)) or "no GPUs"
 
 
 def _most(values: Sequence[Any]) -> Any:
@@ -302,29 +307,38 @@ def reduce(folder: Path) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Does what the first word says; see the top of this file."""
-    what, run, _, *rest = arguments
+    what, run, stage, *rest = arguments
     folder = Path(os.environ["LOOK"])
     if what == "look":
-        look(Path(run), arguments[2], folder)
+        look(Path(run), folder)
     elif what == "reduce":
         reduce(folder)
     else:
-        return _judge(Path(run), [node for node in rest if node != "--reduced"], folder, "--reduced" in rest)
+        return _judge(Path(run), stage, [node for node in rest if node != "--reduced"], folder, "--reduced" in rest)
     return 0
 
 
-def _judge(run: Path, nodes: list[str], folder: Path, reduced: bool) -> int:
+def _unnamed(folder: Path, stage: str, reason: str, code: int) -> int:
+    """Says what is wrong where no node can be named, also to recipes/restart.py; returns the exit code."""
+    print(reason)
+    run = Run.load(folder)
+    write_state(run, stage, "failed", last_saved(run, run.plan.stage(stage)), code, reason)
+    return 1
+
+
+def _judge(run: Path, stage: str, nodes: list[str], folder: Path, reduced: bool) -> int:
     if reduced:
         bad, line = judge_reduce(nodes, folder)
         print(line)
-        failed = line.startswith("the all-reduce failed")
-        return report(bad, folder) or int(failed)
+        if line.startswith("the all-reduce failed") and not bad:
+            return _unnamed(run, stage, line, 1)
+        return report(bad, folder)
     facts = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
     plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
     bad = judge(nodes, facts, load_frozen(run), plan["checkpoint_bytes"])
     if facts and all("GB free where checkpoints go" in bad.get(node, "") for node in nodes):
-        print(f"{next(iter(bad.values()))}: make room, then launch again")  # the shared disk is full, no node is bad
-        return 1
+        full = f"{next(iter(bad.values()))}: make room, then launch again"  # the shared disk is full, no node is bad
+        return _unnamed(run, stage, full, EXIT_NOT_WRITTEN)
     print(f"preflight: {len(nodes) - len(bad)} of {len(nodes)} nodes are fit")
     return report(bad, folder)
 

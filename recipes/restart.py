@@ -5,9 +5,10 @@
 
 `begin` records the start in events.jsonl. Exit code 0: train; 1: it has failed too often; 3: the stage may not start.
 `end` records the cause of the end, prints one line, and ends with 0: the stage is complete; 10: requeue; 1: stop.
-RC is the exit code of srun; NAME what the script was sent, none, USR1 (the time limit is near), TERM (preempted) or
-CANCEL (Slurm is ending the job). What ended is read from state.json and the checkpoints, since torchrun's own exit code
-is 1 whatever its workers return.
+RC is the exit code of srun, or the preflight's; NAME what the script was sent, none, USR1 (the time limit is near, or
+has come), TERM (preempted) or CANCEL (Slurm is ending the job). `--few WORDS` says that too few nodes are fit: it
+stops. $LOOK is the preflight's folder, where it says which nodes are bad. What ended is read from state.json and the
+checkpoints, since torchrun's own exit code is 1 whatever its workers return.
 
 A stage is tried again until it has failed four times, the first try and three restarts, without a new checkpoint.
 """
@@ -15,6 +16,7 @@ A stage is tried again until it has failed four times, the first try and three r
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -65,7 +67,7 @@ def cause_of(state: Event, complete: bool, code: int, signal: str) -> tuple[str,
     if what == "finished" and complete:
         return "finished", ""
     if code == CODE_BAD_NODE and what in (None, "starting"):
-        return "bad-node", "the preflight found a bad node"
+        return "bad-node", bad_nodes() or "the preflight found a bad node"
     if what == "diverged":
         return "diverged", reason
     if what == "hung":
@@ -94,10 +96,12 @@ def failures(events: Sequence[Event], stage: str, step: int) -> list[Event]:
     return [event for event in counted if event["step"] == step and event["from_step"] == step]
 
 
-def verdict(cause: str, detail: str, failed: Sequence[Event], step: int) -> Verdict:
-    """What follows from an end, `failed` including it."""
+def verdict(cause: str, detail: str, failed: Sequence[Event], step: int, few: str = "") -> Verdict:
+    """What follows from an end, `failed` including it; `few` says that there are no nodes to start again on."""
     if cause == "finished":
         return Verdict(COMPLETE, f"finished at step {step:,}")
+    if few:
+        return Verdict(STOP, f"{cause} at step {step:,}; stopped: {few}: {detail}")
     if cause in STOPPING:
         return Verdict(STOP, f"{cause} at step {step:,}; stopped: {detail}")
     if len(failed) > RESTARTS:
@@ -105,6 +109,13 @@ def verdict(cause: str, detail: str, failed: Sequence[Event], step: int) -> Verd
         return Verdict(STOP, f"{found}; stopped. The last error: {cause}: {detail}")
     tries = f", restart {len(failed)} of {RESTARTS} without a new checkpoint" if failed else ""
     return Verdict(REQUEUE, f"{cause} at step {step:,}; requeued{tries}: {detail}")
+
+
+def bad_nodes() -> str:
+    """The nodes that the preflight of this start has found, with its reasons, on one line."""
+    path = Path(os.environ.get("LOOK", "")) / "reasons"
+    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return "; ".join(f"{node}: {reason}" for node, reason in found.items())
 
 
 def first_line(text: str | None) -> str:
@@ -154,8 +165,12 @@ def begin(folder: Path, stage: str) -> int:
     return 0
 
 
-def end(folder: Path, stage: str, code: int, signal: str) -> int:
-    """Records an end and its cause; prints one line and returns the exit code."""
+def end(folder: Path, stage: str, code: int, signal: str, few: str = "") -> int:
+    """Records an end and its cause; prints one line and returns the exit code.
+
+    Args:
+        few: that too few nodes are fit to start again on, in words.
+    """
     try:
         run = Run.load(folder)
         run.recipe.stage(stage)
@@ -169,12 +184,16 @@ def end(folder: Path, stage: str, code: int, signal: str) -> int:
         return STOP
     saved = last_saved(run, plan)
     cause, detail = cause_of(state, saved == plan.end_step, code, signal)
-    answer = _record_end(run, plan, started, cause, detail, _now())
+    answer = _record_end(run, plan, started, cause, detail, _now(), few)
     print(f"{stage}: {answer.text}", flush=True)
+    if answer.code == STOP and state.get("state") in (None, "starting", "training"):  # for `smol status`
+        write_state(run, stage, "stopped" if cause == "cancelled" else "failed", saved, code, answer.text)
     return answer.code
 
 
-def _record_end(run: Run, stage: StagePlan, started: Event, cause: str, detail: str, when: datetime) -> Verdict:
+def _record_end(
+    run: Run, stage: StagePlan, started: Event, cause: str, detail: str, when: datetime, few: str = ""
+) -> Verdict:
     """Writes the "end" event that belongs to a start."""
     step = last_saved(run, stage)
     metrics = read_lines(run.stage_folder(stage.name) / "metrics.jsonl")
@@ -184,7 +203,7 @@ def _record_end(run: Run, stage: StagePlan, started: Event, cause: str, detail: 
         "allocated_s": round(max(0.0, (when - datetime.fromisoformat(started["time"])).total_seconds()), 3),
         "productive_s": round(productive_seconds(metrics, started["step"], step), 3),
     }  # fmt: skip
-    answer = verdict(cause, detail, failures([*_events(run), event], stage.name, step), step)
+    answer = verdict(cause, detail, failures([*_events(run), event], stage.name, step), step, few)
     words = {COMPLETE: "complete", STOP: "stop", REQUEUE: "requeue"}
     append_line(run.folder / "events.jsonl", {**event, "verdict": words[answer.code]}, sync=True)
     return answer
@@ -218,10 +237,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("stage")
     parser.add_argument("--code", type=int, default=1, help="exit code of srun")
     parser.add_argument("--signal", default="none", choices=["none", *SIGNALS], help="what the script was sent")
+    parser.add_argument("--few", default="", help="that too few nodes are fit, in words")
     given = parser.parse_args(arguments)
     if given.question == "begin":
         return begin(given.run, given.stage)
-    return end(given.run, given.stage, given.code, given.signal)
+    return end(given.run, given.stage, given.code, given.signal, given.few)
 
 
 if __name__ == "__main__":

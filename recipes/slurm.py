@@ -17,7 +17,9 @@ ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL
 """States that nothing follows; slurm.conf(5) MinJobAge says for how long squeue still knows them."""
 _FIELDS = "%F|%K|%T|%D|%M|%L|%r|%j|%k"
 """Array job id, array index, state, nodes, time used, time left, reason, name, comment: squeue(1)."""
-_SILENT = re.compile(r"contact slurm controller|Connection refused|configuration source|connect failure", re.IGNORECASE)
+_SILENT = re.compile(
+    r"contact slurm controller|Connection refused|configuration (source|file)|connect failure", re.IGNORECASE
+)
 
 
 class Unreachable(UserError):

@@ -29,6 +29,8 @@ RECENT_STEPS = 100
 """Over which the median rate is taken."""
 POINTS = 24
 """Of the loss's picture."""
+ACTIVE = ("starting", "training")
+"""States in state.json of a stage that has a job."""
 Json = dict[str, Any]
 
 
@@ -40,7 +42,7 @@ class StageStatus:
     state: str
     """waiting, or as in state.json: training, finished, stopped, failed, diverged, hung.
 
-    interrupted: training by its file, but no job of it is queued or running.
+    interrupted: starting or training by its file, but no job of it is queued or running.
     """
     start_step: int
     end_step: int
@@ -80,7 +82,9 @@ class RunStatus:
     slurm: str | None
     """Why squeue could not be asked; none if it answered."""
     restarts: dict[str, int]
-    """How often a start ended before its stage did, by cause."""
+    """How often a job went on by itself after its end, by that end's cause."""
+    stops: dict[str, int]
+    """How often it did not, before its stage was complete, by cause."""
     goodput: float | None
     """Productive time over allocated time, of training jobs."""
     seconds_left: float | None
@@ -201,13 +205,16 @@ def read(folder: Path, now: float | None = None) -> RunStatus:
     jobs, problem = read_jobs(folder)
     if problem is None and (folder / "jobs.jsonl").is_file():
         training = {job["stage"] for job in jobs if job["kind"] == "train" and job["live"]}
-        for stage in (stage for stage in stages if stage.state == "training" and stage.name not in training):
+        for stage in (stage for stage in stages if stage.state in ACTIVE and stage.name not in training):
             stage.state = "interrupted"
     main, gpus = stages[: len(planned)], max(1, whole(plan.get("gpus")))
-    causes = Counter(str(e.get("cause")) for e in events if e.get("event") == "end" and e.get("cause") != "finished")
+    ends = [e for e in events if e.get("event") == "end" and e.get("cause") != "finished"]
+    stops, restarts = (Counter(str(e.get("cause")) for e in ends if (e.get("verdict") == "stop") is is_stop)
+                       for is_stop in (True, False))  # fmt: skip
     return RunStatus(
         run=folder.name, folder=folder, recipe=str(read_json(folder / RUN_FILE).get("recipe", "?")),
-        cluster=cluster_name(folder), gpus=gpus, stages=stages, jobs=jobs, slurm=problem, restarts=dict(causes),
+        cluster=cluster_name(folder), gpus=gpus, stages=stages, jobs=jobs, slurm=problem,
+        restarts=dict(restarts), stops=dict(stops),
         goodput=goodput(events, {s.name: s for s in stages}, now or time.time()), seconds_left=run_left(main, gpus),
         disk_bytes=disk_use(folder), next_gate=next_gate(folder, main),
     )  # fmt: skip

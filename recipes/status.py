@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -62,7 +62,8 @@ def cancel(run: str, console: Console) -> None:
         console.print(f"{folder.name}: no job is queued or running")
         return
     slurm.cancel(jobs)
-    append_line(folder / "events.jsonl", {"event": "cancel", "jobs": jobs, "time": time.time()}, sync=True)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    append_line(folder / "events.jsonl", {"event": "cancel", "jobs": jobs, "time": now}, sync=True)
     console.print(f"{folder.name}: cancelled {', '.join(map(str, jobs))}; smol launch goes on from its checkpoints")
 
 
@@ -98,10 +99,10 @@ def stages_table(status: RunStatus) -> Table:
 def figures(status: RunStatus) -> Table:
     """The run's figures, a line each."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    restarts = ", ".join(f"{count} × {cause}" for cause, count in sorted(status.restarts.items()))
     rows = [
         ("to the run's end", f"{duration(status.seconds_left)} of training"),
-        ("restarts", restarts or "none"),
+        ("restarts", counted(status.restarts)),
+        ("stops", counted(status.stops)),
         ("goodput", shown(status.goodput, ".1%") or "?"),
         ("disk", bytes_of(status.disk_bytes)),
         ("next gate", status.next_gate or "none"),
@@ -109,6 +110,11 @@ def figures(status: RunStatus) -> Table:
     for name, text in rows:
         table.add_row(f"[dim]{name}[/]", escape(text))
     return table
+
+
+def counted(causes: dict[str, int]) -> str:
+    """Causes and how often."""
+    return ", ".join(f"{count} × {cause}" for cause, count in sorted(causes.items())) or "none"
 
 
 def jobs_table(jobs: Sequence[Json]) -> Table:

@@ -100,10 +100,13 @@ def test_a_dry_run_shows_everything_and_writes_nothing(site: Path) -> None:
 def test_a_dry_run_says_what_a_launch_would_refuse(site: Path) -> None:
     code, text = go(dry_run=True)
     assert code == 2
-    assert "a launch would stop here: data/" in text and "manifest.json: this file is missing" in text
+    assert "a launch would stop here: data: there is no such folder of tokenised sources" in text
 
 
 def test_missing_data_is_named(site: Path) -> None:
+    with pytest.raises(UserError, match=r"data: there is no such folder of tokenised sources.*--data"):
+        check_data(order(), None, False, Console(quiet=True))
+    (site / "data").mkdir()
     with pytest.raises(UserError, match=r"data/.*/manifest\.json: this file is missing"):
         check_data(order(), None, False, Console(quiet=True))
     add_data(site)

@@ -13,6 +13,7 @@ from recipes import preflight
 from recipes.cluster import Cluster, load_cluster
 from recipes.preflight import earlier, gpus, judge, judge_reduce, parse_devices, parse_xids, report
 from recipes.run import Run
+from recipes.state import read_state
 
 NODES = ["n1", "n2", "n3", "n4"]
 GB = 10**9
@@ -52,6 +53,7 @@ def test_fit_nodes() -> None:
         ({"gpus": devices(used_mib=40000)}, "GPU 1: 40000 MiB of memory in use already"),
         ({"gpus": devices(total_mib=40000)}, "GPUs of different memory"),
         ({"gpus": devices(driver="570.1")}, "driver"),
+        ({"gpus": {"count": 2, "devices": parse_devices(H100.replace("81559", "40960"))}}, "of 40960 MiB"),
         ({"gpus": {**devices(), "remapped": ["0, 0", "1, 0"]}}, "remapped"),
         ({"gpus": {"count": 0, "error": "Unable to determine the device handle\nmore"}}, "nvidia-smi: Unable"),
         ({"xid": ["Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus."]}, "fallen off the bus"),
@@ -167,6 +169,8 @@ def test_a_full_shared_disk_names_no_node(
     monkeypatch.setenv("LOOK", str(tmp_path))
     assert preflight.main(["judge", str(tiny_run.folder), "stage1", "n1", "n2"]) == 1
     assert "make room" in capsys.readouterr().out and not (tmp_path / "bad").exists()
+    state = read_state(tiny_run, "stage1")
+    assert state["exit_code"] == 74 and "0.0 GB free where checkpoints go" in state["reason"]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import time
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +97,12 @@ def test_the_verdict_follows_from_the_cause(cause: str, failed: int, code: int, 
     assert answer.code == code and words in answer.text and "\n" not in answer.text
 
 
+def test_too_few_nodes_stop_it() -> None:
+    answer = verdict("bad-node", "n1: no GPUs", [], 7, "2 nodes are needed, 1 are left without n1")
+    assert answer.code == 1
+    assert answer.text == "bad-node at step 7; stopped: 2 nodes are needed, 1 are left without n1: n1: no GPUs"
+
+
 def test_productive_seconds_are_those_of_steps_that_were_kept() -> None:
     lines = [{"step": n, "seconds": {"data": 0.5, "step": 1.0, "checkpoint": 9.0}} for n in range(1, 11)]
     assert productive_seconds(lines, 4, 8) == 6.0
@@ -171,6 +178,21 @@ def test_a_start_without_an_end_was_a_lost_node(tiny_run: Run, capsys: pytest.Ca
     assert [e["event"] for e in events(tiny_run)] == ["start", "end"] * 4
     lost = events(tiny_run)[1]
     assert lost["cause"] == "node-failure" and lost["verdict"] == "requeue" and lost["allocated_s"] >= 0
+
+
+def test_bad_nodes_are_named_and_a_stop_is_the_stages_state(
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOK", str(tmp_path))
+    (tmp_path / "reasons").write_text('{"n1": "no report", "n2": "1 GPUs"}')
+    assert ask(tiny_run, "begin") == 0
+    assert ask(tiny_run, "end", "--code", "3", "--few", "") == 10
+    end = events(tiny_run)[-1]
+    assert (end["cause"], end["detail"], end["verdict"]) == ("bad-node", "n1: no report; n2: 1 GPUs", "requeue")
+    assert ask(tiny_run, "begin") == 0
+    assert ask(tiny_run, "end", "--code", "3", "--few", "3 are needed") == 1
+    state = read_state(tiny_run, "stage1")
+    assert state["state"] == "failed" and "stopped: 3 are needed: n1: no report" in state["reason"]
 
 
 def test_a_complete_stage_and_one_that_diverged(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,9 @@ def test_the_state_outlives_its_metrics(run: Path) -> None:
 def test_restarts_by_cause(run: Path) -> None:
     append_line(run / "events.jsonl", end("hang", 10, 0))
     append_line(run / "events.jsonl", end("finished", 10, 10))
+    append_line(run / "events.jsonl", {**end("cancelled", 10, 0), "verdict": "stop"})
     assert standing.read(run).restarts == {"preempted": 2, "hang": 1}
+    assert standing.read(run).stops == {"cancelled": 1}
 
 
 def test_goodput_counts_ended_starts_and_the_one_that_is_on(run: Path) -> None:
@@ -166,6 +168,9 @@ def test_squeues_jobs_and_a_stage_without_one(run: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(slurm, "queue", lambda folder: answers.pop(0))
     found = standing.read(run)
     assert (found.slurm, found.jobs[0]["state"], found.stages[0].state) == (None, "RUNNING", "training")
+    assert standing.read(run).stages[0].state == "interrupted"
+    write_json(run / "stage1/state.json", {"stage": "stage1", "state": "starting", "step": 50})
+    monkeypatch.setattr(slurm, "queue", lambda folder: [])
     assert standing.read(run).stages[0].state == "interrupted"
 
 
