@@ -21,6 +21,7 @@ app = typer.Typer(
 )  # fmt: skip
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks: they print what they measure.\n\nExample: smol bench data")
 app.add_typer(bench, name="bench")
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe below stages/, or the path of a recipe.yaml.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead (keys: docs/formats.md).")]
@@ -253,7 +254,7 @@ def rehearse(
 
 
 @bench.command()
-def data(json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None) -> None:
+def data(json_path: Json = None) -> None:
     """Measure the data plan beside an index that is built up front.
 
     Example: smol bench data --json bench.json
@@ -261,6 +262,54 @@ def data(json_path: Annotated[Path | None, typer.Option("--json", help="Also wri
     from recipes.bench import bench_data
 
     bench_data(json_path)
+
+
+@bench.command("tokenize")
+def tokenize_speed(
+    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; one of 4,096 entries if none.")] = None,
+    characters: Annotated[int, typer.Option(min=100_000, help="Text to tokenise.")] = 8_000_000,
+    json_path: Json = None,
+) -> None:
+    """Measure tokenising, beside datatrove's own pipeline.
+
+    Example: smol bench tokenize --tokenizer tokenizer.json
+    """
+    from recipes.bench_tokenize import bench_tokenize
+
+    bench_tokenize(tokenizer, characters, json_path)
+
+
+@bench.command()
+def step(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name.")] = "smollm2-135m",
+    processes: Annotated[int, typer.Option(min=1, help="One a device.")] = 1,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences a process; the recipe's if none.")] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps to time.")] = 10,
+    json_path: Json = None,
+) -> None:
+    """Measure a recipe's training step on this machine, and where its time goes.
+
+    Example: smol bench step smollm2-135m --micro-batch 1 --steps 3
+    """
+    from recipes.bench_engine import bench_step
+
+    bench_step(recipe, processes, micro_batch, steps, json_path)
+
+
+@bench.command()
+def checkpoint(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name.")] = "smollm2-135m",
+    processes: Annotated[int, typer.Option(min=1, help="One a device.")] = 1,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Sequences a process.")] = 1,
+    json_path: Json = None,
+) -> None:
+    """Measure writing, verifying and loading checkpoints, and for how long training stands still.
+
+    Example: smol bench checkpoint smollm2-135m
+    """
+    from recipes.bench_engine import bench_checkpoint
+
+    bench_checkpoint(recipe, processes, micro_batch, json_path)
 
 
 for verb in (*cli_evaluation.VERBS, *cli_cluster.VERBS):
