@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ FAILURES = frozenset({"crash", "node-failure", "hang", "time-limit"})
 """Causes that count against RESTARTS: a time limit, too, is one when no checkpoint was reached since the last."""
 STOPPING = frozenset({"diverged", "disk-full", "user-error", "cancelled"})
 """Causes that would only come back."""
+KILLED = re.compile(r"^.*(oom[_-]kill event.*|Signal (?!15\b)\d+ \(SIG\w+\) received by PID \d+.*)$", re.MULTILINE)
+ERROR = re.compile(r"^(?:\[?rank ?\d+\]?:\s*)?((?:\w+\.)*(?!ChildFailed)\w*(?:Error|Exception)\b: .+)$", re.MULTILINE)
+LOG_BYTES, LINE = 1 << 20, 300
+"""Of a log's end that is searched for them; and letters of what is found."""
 SIGNALS = {"USR1": "time-limit", "TERM": "preempted", "CANCEL": "cancelled"}
 Event = dict[str, Any]
 
@@ -56,14 +61,16 @@ class Verdict:
 # Decisions: of plain data alone
 
 
-def cause_of(state: Event, complete: bool, code: int, signal: str) -> tuple[str, str]:
+def cause_of(state: Event, complete: bool, code: int, signal: str, log: str = "") -> tuple[str, str]:
     """Why training ended, as events.jsonl names it, and a detail of one line.
 
     Args:
         state: state.json: "starting" if training has not got as far as to write it.
         complete: the checkpoint of the stage's last step is there.
+        log: what was printed since the start; a process that is killed, or fails early, says it only there.
     """
-    what, reason = state.get("state"), first_line(state.get("reason")) or f"ended with exit code {code}"
+    what, reason = state.get("state"), first_line(state.get("reason"))
+    reason = reason or error_in(log) or f"ended with exit code {code}"
     if what == "finished" and complete:
         return "finished", ""
     if code == CODE_BAD_NODE and what in (None, "starting"):
@@ -80,7 +87,14 @@ def cause_of(state: Event, complete: bool, code: int, signal: str) -> tuple[str,
         return SIGNALS[signal], reason if what == "stopped" else f"no checkpoint was written in time: {reason}"
     if what == "stopped":  # Slurm sends a preempted job's SIGTERM to its steps only
         return "preempted", f"stopped by {reason}"
-    return "crash", reason
+    killed = KILLED.search(log)
+    return "crash", killed[1] if killed else reason
+
+
+def error_in(log: str) -> str:
+    """The first error that a log shows: the later ones mostly follow from it."""
+    found = KILLED.search(log) or ERROR.search(log)
+    return found[1][:LINE] if found else ""
 
 
 def failures(events: Sequence[Event], stage: str, step: int) -> list[Event]:
@@ -183,7 +197,7 @@ def end(folder: Path, stage: str, code: int, signal: str, few: str = "") -> int:
         print(f"{stage}: stopped: its start was not recorded (python -m recipes.restart begin)", flush=True)
         return STOP
     saved = last_saved(run, plan)
-    cause, detail = cause_of(state, saved == plan.end_step, code, signal)
+    cause, detail = cause_of(state, saved == plan.end_step, code, signal, _log(run, stage, started))
     answer = _record_end(run, plan, started, cause, detail, _now(), few)
     print(f"{stage}: {answer.text}", flush=True)
     if answer.code == STOP and state.get("state") in (None, "starting", "training"):  # for `smol status`
@@ -207,6 +221,16 @@ def _record_end(
     words = {COMPLETE: "complete", STOP: "stop", REQUEUE: "requeue"}
     append_line(run.folder / "events.jsonl", {**event, "verdict": words[answer.code]}, sync=True)
     return answer
+
+
+def _log(run: Run, stage: str, started: Event) -> str:
+    """What the job's log holds since its last start; nothing if it is not where `smol launch` puts it."""
+    path = run.stage_folder(stage) / "logs" / f"train-{started['job']}.log"
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_BYTES))
+        return file.read().decode(errors="replace").rpartition("\n== ")[2]
 
 
 def _last_sign(run: Run, stage: str) -> datetime:

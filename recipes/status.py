@@ -38,13 +38,13 @@ def show(run: str | None, console: Console, as_json: bool = False) -> None:
 
 
 def watch(run: str | None, console: Console, seconds: float = WATCH_SECONDS, rounds: int | None = None) -> None:
-    """Shows it again and again, until Ctrl-C or for so many rounds."""
+    """Shows it again and again, until Ctrl-C or for so many rounds; into a file or a pipe one after the other."""
     folder = find(run) if run else None
     done = 0
     with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while rounds is None or done < rounds:
             status = picture(read(folder)) if folder else overview([read(path) for path in all_runs()])
-            live.update(status, refresh=True)
+            live.update(status, refresh=True) if console.is_terminal else console.print(status)
             done += 1
             if done != rounds:
                 time.sleep(seconds)

@@ -226,6 +226,10 @@ class Lab:
         options = f"size={size}" if fresh else f"remount,size={size}"
         self.in_mounts("mount", "-t", "tmpfs", "-o", options, "small", str(folder))
 
+    def in_mounts_of(self, node: str, *command: str) -> str:
+        """Runs a command that sees one node's mounts."""
+        return self.command("nsenter", f"--mount=/proc/{self.pids(node, 'slurmd -D')[-1]}/ns/mnt", "--", *command)
+
     def in_mounts(self, *command: str) -> str:
         """Runs a command that sees the mounts that the nodes see."""
         return self.command("nsenter", f"--mount=/proc/{self.daemons['mounts'].pid}/ns/mnt", "--", *command)

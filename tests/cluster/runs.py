@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,20 +12,6 @@ from typing import Any
 
 from recipes.files import read_lines
 from tests.cluster.lab import Lab
-
-LAUNCH = """
-import json, sys
-from pathlib import Path
-from rich.console import Console
-from recipes.errors import UserError
-from recipes.{module} import {function}
-words = json.loads(sys.argv[1])
-words.update({{key: Path(words[key]) for key in ("data", "mixture") if words.get(key)}})
-try:
-    {call}
-except UserError as error:
-    sys.exit(f"error: {{error}}")
-"""
 
 
 @dataclass
@@ -40,38 +27,31 @@ class Site:
     more: dict[str, str] = field(default_factory=dict)
     """Environment variables of the jobs."""
 
-    def launch(self, recipe: str, run: str, stages: str | None = None, profile: Path | None = None, **more: Any) -> str:
-        """`smol launch`; returns what it prints. `more` are its further options."""
-        words = {
-            "recipe_name": recipe, "cluster": str(profile or self.profile), "stages": stages, "run_name": run,
-            "dry_run": False, "data": str(self.data), "tokenizer": str(self.tokenizer), **more,
-        }  # fmt: skip
-        return self.call("launch", "launch", words, "sys.exit(launch(**words, console=Console(width=160)))")
+    def launch(self, recipe: str, run: str, *options: str, profile: Path | None = None) -> str:
+        """`smol launch`; returns what it prints."""
+        words = ["--cluster", str(profile or self.profile), "--data", str(self.data), "--tokenizer",
+                 str(self.tokenizer), *options]  # fmt: skip
+        return self.smol("launch", recipe, "--run", run, *words)
 
-    def train(self, run: str, stage: str, **more: Any) -> Live:
-        """`smol launch` of a stage of the tiny recipe; the jobs that would evaluate it are cancelled."""
-        self.launch("tiny", run, stage, **more)
+    def train(
+        self, run: str, stage: str, *options: str, profile: Path | None = None, recipe: str = "tiny"
+    ) -> Live:  # fmt: skip
+        """`smol launch` of a stage; the jobs that would evaluate it are cancelled."""
+        self.launch(recipe, run, "--stages", stage, *options, profile=profile)
         live = self.run(run)
         self.lab.command("scancel", *map(str, live.jobs("eval", stage) + live.jobs("propose", stage)))
         return live
 
-    def approve(self, run: str, stage: str, **more: Any) -> str:
-        """`smol approve`."""
-        return self.call("gate", "approve", {"run": run, "stage": stage, **more}, "print(approve(**words))")
+    def smol(self, *words: str) -> str:
+        """The `smol` command, as a user gives it who stands in the clone; returns what it prints."""
+        done = self.try_smol(*words)
+        assert done.returncode == 0, f"smol {' '.join(words)}: {done.stdout}{done.stderr}"
+        return done.stdout
 
-    def status(self, run: str) -> str:
-        """`smol status`."""
-        return self.call("status", "show", {"run": run}, "show(**words, console=Console(width=160))")
-
-    def cancel(self, run: str) -> str:
-        """`smol cancel`."""
-        return self.call("status", "cancel", {"run": run}, "cancel(**words, console=Console(width=160))")
-
-    def call(self, module: str, function: str, words: dict[str, Any], call: str) -> str:
-        """Calls a function of the project's in a process of its own, as a user would stand in the clone."""
-        script = LAUNCH.format(module=module, function=function, call=call)
-        command = ["env", *(f"{key}={value}" for key, value in self.more.items()), sys.executable, "-c", script]
-        return self.lab.command(*command, json.dumps(words), timeout=120, cwd=self.root)
+    def try_smol(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """The same, whether it works or not."""
+        command = ["env", "COLUMNS=160", *(f"{key}={value}" for key, value in self.more.items())]
+        return self.lab.run([*command, sys.executable, "-m", "recipes.cli", *words], 120, self.root)
 
     def run(self, name: str) -> Live:
         """A run that was launched here."""

@@ -66,6 +66,7 @@ def site(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Site:
                   "options": options}  # fmt: skip
     policy = {"POLICY": str(ROOT / "eval/policy-rehearsal.yaml")}
     (root / "profile.yaml").write_text(yaml.safe_dump({"extends": "virtual", "env": policy, "evaluation": evaluation}))
+    (root / "nowhere.yaml").write_text("extends: profile.yaml\npartition: nowhere\n")
     return Site(lab, root, root / "data", root / "tokenizer.json", root / "profile.yaml")
 
 
@@ -95,7 +96,11 @@ def run(site: Site) -> Live:
 
 def chain(site: Site) -> Story:
     lab, run = site.lab, site.run("chain")
-    site.launch("small", "chain", "stage1..stage2")
+    refused = site.try_smol("launch", "small", "--cluster", str(site.profile.with_name("nowhere.yaml")))
+    assert refused.returncode == 2 and "Name one of the partitions low, main" in refused.stderr, refused
+    assert not run.folder.exists() and lab.try_command("squeue", "-h") == ""
+
+    site.launch("small", "chain", "--stages", "stage1..stage2")
     submitted = read_lines(run.folder / "jobs.jsonl")
     yield finished(run, "stage1")
     evaluation, proposing = run.jobs("eval", "stage1"), run.jobs("propose", "stage1")
@@ -104,14 +109,14 @@ def chain(site: Site) -> Story:
         assert lab.state(job) == "COMPLETED", what
     held = lab.job(run.jobs("train", "stage2")[0])
     assert (held["JobState"], held["Reason"]) == ("PENDING", "JobHeldUser")
-    assert "smol approve chain stage2" in site.status("chain")
+    assert "smol approve chain stage2" in site.smol("status", "chain")
 
-    assert "nothing submitted" in site.launch("small", "chain", "stage1..stage2")  # a second launch
+    assert "nothing submitted" in site.launch("small", "chain", "--stages", "stage1..stage2")  # a second launch
     assert read_lines(run.folder / "jobs.jsonl") == submitted
 
-    site.approve("chain", "stage2", use_proposal=True)
+    assert "released" in site.smol("approve", "chain", "stage2", "--proposal")
     yield finished(run, "stage2")
-    site.cancel("chain")
+    site.smol("cancel", "chain")
     yield lambda: lab.state(run.jobs("eval", "stage2")[0]) == "CANCELLED", 30, "the rest is cancelled"
 
 

@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from recipes.data.interleave import IntArray
+from recipes.data.manifest import Manifest
+from recipes.data.stream import SourceStream
+from recipes.lint import checked_plan
+from recipes.loader import load
+from recipes.plan import Plan
 from tests.cluster.lab import Lab
 from tests.cluster.runs import Live, Site
 from tests.cluster.scenario import Fault, Outcome, Story, finished, tell
-from tests.engine.tiny_run import make_run
+from tests.engine.tiny_run import VOCAB, make_run, write_source
 
 pytestmark = pytest.mark.slow
 STEPS = 240
@@ -32,6 +42,12 @@ PROFILE = {
     "evaluation": {"suite": "rehearsal", "gpus": 0, "cpus": 1, "memory": "2G", "time_limit": "10m", "at_once": 2},
 }  # fmt: skip
 NAN_STEP = 25
+SPOILT = range(26, 34)
+"""Steps of which the data is noise."""
+SPOILT_RECIPE = {
+    "name": "spoilt", "extends": "tiny", "block_tokens": 1024, "stages": [STAGE], "parallelism": {"dp": 2},
+    "batch": {"micro_batch": 4}, "checkpoints": {"interval": 5}, "guard": {"window": 12, "patience": 3},
+}  # fmt: skip
 DISK = 24 << 20
 
 
@@ -48,7 +64,8 @@ def site(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Site:
 @pytest.fixture(scope="session")
 def outcomes(site: Site) -> dict[str, Outcome]:
     """All stories, told side by side."""
-    tellers = {"undisturbed": undisturbed, "nodes": nodes, "ranks": ranks, "partition": partition, "disk": disk}
+    tellers = {"undisturbed": undisturbed, "nodes": nodes, "ranks": ranks, "partition": partition, "disk": disk,
+               "spoilt": spoilt}  # fmt: skip
     if only := os.environ.get("STORIES"):
         tellers = {name: teller for name, teller in tellers.items() if name in only.split(",")}
     found = {name: Outcome() for name in tellers}
@@ -114,7 +131,7 @@ def ranks(site: Site, outcome: Outcome) -> Story:
     assert f"step {NAN_STEP}" in state["reason"] and state["reason"].endswith("checkpoints/20"), state
     job = run.jobs("train", STAGE)[-1]
     yield lambda: lab.state(job) == "FAILED", 20, "the job has failed"
-    site.train("ranks", STAGE, from_step=20)
+    site.train("ranks", STAGE, "--from-step", "20")
 
     fault = Fault(run, STAGE, "rank killed", outcome)
     yield fault.later()
@@ -194,6 +211,67 @@ def disk(site: Site, outcome: Outcome) -> Story:
     yield finished(run, STAGE)
 
 
+def spoilt(site: Site, outcome: Outcome) -> Story:
+    """A node with a full disk of its own, and a span of data on which the loss jumps up and stays."""
+    lab, bad = site.lab, "node30"
+    there = spoil(site)
+    lab.in_mounts_of(bad, "mount", "-t", "tmpfs", "-o", "size=1M", "small", scratch := str(there.root / "scratch"))
+    run = there.train("spoilt", STAGE, recipe="spoilt")
+    job = run.jobs("train", STAGE)[0]
+    yield lambda: bool(run.events("start", STAGE)), 60, "the first start"
+    fault = Fault(run, STAGE, "bad node", outcome)
+    yield from fault.survive("bad-node")
+    assert run.events("end", STAGE)[0]["detail"] == f"{bad}: 0.0 GB free for temporary files"
+    assert lab.hosts(job) == ["node31", "node32"]  # the profile's exclusions stay
+
+    yield lambda: run.step(STAGE) >= SPOILT.start - 1, 60, "the step before the spike"
+    began = time.monotonic()
+    yield lambda: run.causes(STAGE)[1:] == ["diverged"], 60, "the end by divergence is recorded"
+    outcome.seconds["loss spike"] = (time.monotonic() - began, 0.0)
+    good = SPOILT.start - 1
+    assert run.state(STAGE)["reason"].endswith(f"checkpoints/{good}"), run.state(STAGE)
+    yield lambda: lab.state(job) == "FAILED", 20, "the job has failed"
+    lab.in_mounts_of(bad, "umount", scratch)
+    tokens = str(len(SPOILT) * 256)
+    there.train("spoilt", STAGE, "--from-step", str(good), "--skip-tokens", tokens, recipe="spoilt")
+    yield finished(run, STAGE)
+    assert max(loss for step, loss in run.losses(STAGE).items() if step > good) < 4
+    assert "left out on purpose" in there.smol("audit", "spoilt", "--digests")
+    assert "1 × bad-node" in (said := there.smol("status", "spoilt")) and "1 × diverged" in said
+
+
+def spoil(site: Site) -> Site:
+    """The same clone with a recipe and a profile for two processes, and data of which the steps `SPOILT` are noise."""
+    recipe = site.root / "stages/spoilt"
+    recipe.mkdir()
+    (recipe / "recipe.yaml").write_text(yaml.safe_dump(SPOILT_RECIPE))
+    (recipe / "stage1.yaml").write_text("end_step: 60\n")
+    shutil.copytree(site.root / "mixtures/tiny", site.root / "mixtures/spoilt")
+    data, plan = site.root / "spoilt-data", checked_plan(load("spoilt", site.root))
+    for use in plan.stages[0].sources:
+        write_source(data / use.name, use.name, site.tokenizer, 12 * plan.block_tokens)
+        a_step = plan.tokens_per_step * Fraction(use.share)
+        places = np.arange(int(a_step * (SPOILT.start - 1)), int(a_step * (SPOILT.stop - 1)))
+        make_noise(Manifest.load(data / use.name), plan, places)
+    (site.root / "scratch").mkdir()
+    only = {"gpus_per_node": 1, "exclude": "node[01-29]", "scratch": str(site.root / "scratch")}
+    (profile := site.profile.with_name("spoilt.yaml")).write_text(yaml.safe_dump(PROFILE | only))
+    return replace(site, data=data, profile=profile)
+
+
+def make_noise(manifest: Manifest, plan: Plan, offsets: IntArray) -> None:
+    """Puts random tokens into a source's file, in the places of its stream."""
+    path = manifest.folder / "00000.ds"
+    ids = np.fromfile(path, dtype="<u2")
+    places = SourceStream(manifest, plan.seed, plan.block_tokens).locate(offsets)[1]
+    ids[places] = np.random.default_rng(1).integers(0, VOCAB, len(places))
+    ids.tofile(path)
+    Manifest.of_files(
+        manifest.folder, [path.name], source=manifest.source, tokenizer_sha256=manifest.tokenizer_sha256,
+        vocab_size=VOCAB, end_of_text_id=0, token_bytes=2, config={},
+    ).save()  # fmt: skip
+
+
 def worker(run: Live, node: int) -> int:
     """The process of a rank of the run's current job, on its first or second node."""
     host = run.lab.hosts(run.jobs("train", STAGE)[-1])[node]
@@ -211,7 +289,7 @@ def damage(checkpoint: Path) -> None:
 # What came of them
 
 
-@pytest.mark.parametrize("story", ["undisturbed", "nodes", "ranks", "partition", "disk"])
+@pytest.mark.parametrize("story", ["undisturbed", "nodes", "ranks", "partition", "disk", "spoilt"])
 def test_it_went_as_documented(story: str, outcomes: dict[str, Outcome], site: Site) -> None:
     if story not in outcomes:
         pytest.skip("the variable STORIES leaves it out")

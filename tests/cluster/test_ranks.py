@@ -50,7 +50,7 @@ def ranks(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[i
     (root / "worker").write_text(WORKER)
     (root / "worker").chmod(0o755)
     site.more = {"PYTHON_EXEC": str(root / "worker"), "RANKS": str(root / "ranks")}
-    site.launch("smollm2-1.7b", "full", "stage1")
+    site.launch("smollm2-1.7b", "full", "--stages", "stage1")
     run = site.run("full")
     job = run.jobs("train", "stage1")[0]
     lab.wait(job, RUNNING, 30)
