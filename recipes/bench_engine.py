@@ -145,7 +145,7 @@ def train(run: Run, processes: int, console: Console) -> Timed:
     """Trains with engine/timed.py in processes of its own; returns what rank 0 measured.
 
     Raises:
-        UserError: it failed; with the last lines of its log.
+        UserError: it failed; with the last thing it said.
     """
     out, log, stage = run.folder / "timed.json", run.folder / "timed.log", run.plan.stages[0]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -162,10 +162,9 @@ def train(run: Run, processes: int, console: Console) -> Timed:
         finally:
             process.terminate()
     if process.wait():
-        last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-30:])
-        raise UserError(
-            f"training ended with exit code {process.returncode}:\n{last}\n", "take a smaller recipe or --micro-batch"
-        )
+        said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith(("[rank", "error: "))]
+        reason = said[-1] if said else f"its log is {log.read_text(encoding='utf-8')[-2000:]}"
+        raise UserError(f"training failed: {reason}", "take a smaller recipe or --micro-batch")
     result: Timed = json.loads(out.read_text(encoding="utf-8"))
     return result
 

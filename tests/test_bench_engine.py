@@ -9,6 +9,7 @@ import pytest
 
 from recipes.bench_engine import bench_checkpoint, bench_step
 from recipes.bench_tokenize import bench_tokenize
+from recipes.engine.fault import VARIABLE
 from recipes.errors import UserError
 from tests.engine.tiny_run import make_run
 
@@ -44,9 +45,10 @@ def test_a_checkpoint_is_written_beside_training(recipe: str, capsys: pytest.Cap
     assert "written by a thread" in capsys.readouterr().out
 
 
-def test_what_does_not_fit_is_said(recipe: str) -> None:
-    with pytest.raises(UserError, match="exit code 1"):
-        bench_step(recipe, count=2, micro_batch=10**8)
+def test_training_that_fails_is_said_with_its_reason(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "nan:step=2:rank=0")
+    with pytest.raises(UserError, match=r"training failed: .*the loss is nan at step 2"):
+        bench_step(recipe, count=2, micro_batch=1)
 
 
 def test_both_ways_of_tokenising_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
