@@ -127,3 +127,23 @@ def test_folders_that_slurm_cannot_be_given(tmp_path: Path) -> None:
 def test_arguments_are_quoted() -> None:
     lines = environment(load_cluster("virtual"), "eval.slurm", "n", Path("/r"), ["a b", "$(id)"])
     assert shlex.split(next(line for line in lines if line.startswith("set -- ")))[2:] == ["a b", "$(id)"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "signal", "goes_on"),
+    [
+        ("JobState=RUNNING Reason=None Restarts=1 ", "none", True),
+        ("JobState=COMPLETING Reason=TimeLimit Restarts=1 ", "USR1", True),
+        ("JobState=COMPLETING Reason=None Restarts=1 ", "CANCEL", False),
+        ("JobState=PENDING Reason=BeginTime Restarts=2 ", "TERM", False),
+    ],
+)
+def test_what_slurm_says_of_a_job_that_ends(tmp_path: Path, answer: str, signal: str, goes_on: bool) -> None:
+    (tmp_path / "scontrol").write_text(f'#!/bin/bash\n[ "$1" = ping ] && echo "ctl is UP" || echo "{answer}"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    text = (SCRIPTS / "train.slurm").read_text()
+    function = text[text.index("slurm_says() {") : text.index("again() {")]
+    script = f"JOB=7 RESTART=1 SIGNAL=none; {function}\nslurm_says && echo $SIGNAL yes || echo $SIGNAL no"
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    said = subprocess.run(["bash", "-c", script], env=path, capture_output=True, text=True, check=True).stdout
+    assert said.split() == [signal, "yes" if goes_on else "no"]

@@ -54,6 +54,22 @@ def test_a_detail_is_one_line() -> None:
     assert detail == "RuntimeError: a"
 
 
+@pytest.mark.parametrize(
+    ("log", "detail"),
+    [
+        ("warning\n[rank1]: ValueError: a\nRuntimeError: b\n", "ValueError: a"),
+        ("RuntimeError: peer\n  traceback : Signal 9 (SIGKILL) received by PID 7",
+         "Signal 9 (SIGKILL) received by PID 7"),
+        ("torch.OutOfMemoryError: CUDA\n traceback : Signal 15 (SIGTERM) received by PID 7\n",
+         "torch.OutOfMemoryError: CUDA"),
+        ("x.errors.ChildFailedError: \n", "ended with exit code 1"),
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n", "oom_kill event in StepId=7.0."),
+    ],
+)  # fmt: skip
+def test_a_crash_without_a_reason_says_the_logs_first_error(log: str, detail: str) -> None:
+    assert cause_of({"state": "training"}, False, 1, "none", log) == ("crash", detail)
+
+
 def ended(cause: str, step: int, from_step: int | None = None, **more: Any) -> dict[str, Any]:
     return {"event": "end", "stage": "stage1", "cause": cause, "step": step,
             "from_step": step if from_step is None else from_step, **more}  # fmt: skip
@@ -180,10 +196,11 @@ def test_a_start_without_an_end_was_a_lost_node(tiny_run: Run, capsys: pytest.Ca
     assert lost["cause"] == "node-failure" and lost["verdict"] == "requeue" and lost["allocated_s"] >= 0
 
 
-def test_bad_nodes_are_named_and_a_stop_is_the_stages_state(
+def test_the_end_names_bad_nodes_and_errors_and_a_stop_is_the_stages_state(
     tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOOK", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
     (tmp_path / "reasons").write_text('{"n1": "no report", "n2": "1 GPUs"}')
     assert ask(tiny_run, "begin") == 0
     assert ask(tiny_run, "end", "--code", "3", "--few", "") == 10
@@ -193,6 +210,12 @@ def test_bad_nodes_are_named_and_a_stop_is_the_stages_state(
     assert ask(tiny_run, "end", "--code", "3", "--few", "3 are needed") == 1
     state = read_state(tiny_run, "stage1")
     assert state["state"] == "failed" and "stopped: 3 are needed: n1: no report" in state["reason"]
+    log = tiny_run.folder / "stage1/logs/train-17.log"
+    log.parent.mkdir()
+    log.write_text("== before\nValueError: a\n== now\nImportError: b\nValueError: c\n")
+    assert ask(tiny_run, "begin") == 0
+    assert ask(tiny_run, "end", "--code", "1") == 10
+    assert events(tiny_run)[-1]["detail"] == "ImportError: b"
 
 
 def test_a_complete_stage_and_one_that_diverged(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,7 +160,7 @@ def test_json_is_what_the_picture_shows(run: Path, capsys: pytest.CaptureFixture
 def test_watch_shows_it_again(run: Path) -> None:
     out = io.StringIO()
     status.watch("first", Console(file=out, width=160), seconds=0, rounds=2)
-    assert "60/100" in out.getvalue()
+    assert out.getvalue().count("60/100") == 2
 
 
 def test_squeues_jobs_and_a_stage_without_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
