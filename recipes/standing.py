@@ -32,6 +32,8 @@ POINTS = 24
 ACTIVE = ("starting", "training")
 """States in state.json of a stage that has a job."""
 Json = dict[str, Any]
+Answer = tuple[list[slurm.Job], str | None]
+"""Slurm's: the user's jobs, and why there are none if it could not be asked."""
 
 
 @dataclass
@@ -197,12 +199,27 @@ def all_runs() -> list[Path]:
     return sorted(path.parent.resolve() for path in runs_folder().glob(f"*/{RUN_FILE}"))
 
 
-def read(folder: Path, now: float | None = None) -> RunStatus:
-    """How a run stands."""
+def ask_slurm() -> Answer:
+    """The user's jobs that squeue knows, or why it could not be asked."""
+    try:
+        return slurm.queue(), None
+    except UserError as error:
+        return [], error.found.partition("; ")[0]
+
+
+def read_all() -> list[RunStatus]:
+    """How all runs stand; Slurm is asked once, since it may take long not to answer."""
+    answer = ask_slurm()
+    return [read(folder, answer=answer) for folder in all_runs()]
+
+
+def read(folder: Path, now: float | None = None, answer: Answer | None = None) -> RunStatus:
+    """How a run stands; `answer` is Slurm's, if it has been asked already."""
     plan, events = read_json(folder / "plan.json"), tail(folder / "events.jsonl", 1 << 22)
     planned, branches = mappings(plan.get("stages")), mappings(plan.get("branches"))
     stages = [read_stage(folder, stage, plan) for stage in planned + branches]
-    jobs, problem = read_jobs(folder)
+    queue, problem = answer or ask_slurm()
+    jobs = read_jobs(folder, queue) if problem is None else noted_jobs(folder)
     if problem is None and (folder / "jobs.jsonl").is_file():
         training = {job["stage"] for job in jobs if job["kind"] == "train" and job["live"]}
         for stage in (stage for stage in stages if stage.state in ACTIVE and stage.name not in training):
@@ -303,18 +320,19 @@ def next_gate(folder: Path, main: Sequence[StageStatus]) -> str | None:
     return None
 
 
-def read_jobs(folder: Path) -> tuple[list[Json], str | None]:
-    """The run's jobs that squeue knows, else those submitted, and why squeue could not be asked."""
+def noted_jobs(folder: Path) -> list[Json]:
+    """The jobs that were submitted, whatever has become of them."""
+    return [{**line, "state": "?"} for line in tail(folder / "jobs.jsonl", 1 << 20)]
+
+
+def read_jobs(folder: Path, queue: Sequence[slurm.Job]) -> list[Json]:
+    """The run's jobs among those of squeue."""
     noted = {line.get("id"): line for line in tail(folder / "jobs.jsonl", 1 << 20)}
-    try:
-        queue = slurm.queue(folder=folder)
-    except UserError as error:
-        return [{**line, "state": "?"} for line in noted.values()], error.found.partition("; ")[0]
     jobs = []
-    for job in queue:
+    for job in (job for job in queue if job.comment == str(folder.resolve())):
         line = noted.get(job.id, {})
         shown = {"id": f"{job.id}_{job.index}" if job.index else str(job.id), "name": job.name}
         place = {"kind": line.get("kind", "?"), "stage": line.get("stage", "?"), "nodes": job.nodes}
         jobs.append({**shown, **place, "state": job.state, "time_used": job.time_used, "time_left": job.time_left,
                      "reason": job.reason, "live": job.live})  # fmt: skip
-    return jobs, None
+    return jobs

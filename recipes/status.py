@@ -18,7 +18,7 @@ from rich.table import Table
 from recipes import slurm
 from recipes.files import append_line
 from recipes.show import amount, bytes_of
-from recipes.standing import Json, RunStatus, StageStatus, all_runs, find, read
+from recipes.standing import Json, RunStatus, StageStatus, find, read, read_all
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 WATCH_SECONDS = 5.0
@@ -30,7 +30,7 @@ def show(run: str | None, console: Console, as_json: bool = False) -> None:
     Raises:
         UserError: there is no such run.
     """
-    runs = [read(find(run))] if run else [read(folder) for folder in all_runs()]
+    runs = [read(find(run))] if run else read_all()
     if as_json:
         print(json.dumps(runs[0].as_dict() if run else [status.as_dict() for status in runs], indent=2))
     else:
@@ -43,7 +43,7 @@ def watch(run: str | None, console: Console, seconds: float = WATCH_SECONDS, rou
     done = 0
     with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while rounds is None or done < rounds:
-            status = picture(read(folder)) if folder else overview([read(path) for path in all_runs()])
+            status = picture(read(folder)) if folder else overview(read_all())
             live.update(status, refresh=True) if console.is_terminal else console.print(status)
             done += 1
             if done != rounds:

@@ -165,12 +165,12 @@ def test_watch_shows_it_again(run: Path) -> None:
 
 def test_squeues_jobs_and_a_stage_without_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [[slurm.Job(17, "", "RUNNING", 2, "1:00", "9:00", "None", "first-stage1-train", str(run))], []]
-    monkeypatch.setattr(slurm, "queue", lambda folder: answers.pop(0))
+    monkeypatch.setattr(slurm, "queue", lambda: answers.pop(0))
     found = standing.read(run)
     assert (found.slurm, found.jobs[0]["state"], found.stages[0].state) == (None, "RUNNING", "training")
     assert standing.read(run).stages[0].state == "interrupted"
     write_json(run / "stage1/state.json", {"stage": "stage1", "state": "starting", "step": 50})
-    monkeypatch.setattr(slurm, "queue", lambda folder: [])
+    monkeypatch.setattr(slurm, "queue", list)
     assert standing.read(run).stages[0].state == "interrupted"
 
 
