@@ -48,9 +48,8 @@ def approve(
     Example: smol approve first-try stage2 --proposal
     """
     from recipes.gate import approve as record
-    from recipes.run import Run
 
-    made = record(Run.load(run), stage, mixture, proposal, who, keep)
+    made = record(run, stage, mixture, proposal, who, keep)
     print(f"{made['stage']}: {made['mixture']} ({made['hash']}), approved by {made['who']}")
     if made["note"]:
         print(made["note"])

@@ -55,7 +55,7 @@ def approve(
     if (mixture is not None) + use_proposal + keep > 1:
         raise UserError("more than one of --mixture, --proposal and --keep", "choose one of them")
     if not isinstance(run, Run):
-        run = _open(run, stage)
+        run = open_run(run)
     run.recipe.stage(stage)
     proposal = run.folder / "proposals" / f"{stage}.yaml"
     chosen = choose(run, stage, mixture, proposal, use_proposal, keep)
@@ -172,8 +172,12 @@ def user() -> str:
     return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
-def _open(run: Path | str, stage: str) -> Run:
-    """The run; an edited mixture is named before the plan that no longer fits it."""
+def open_run(run: Path | str) -> Run:
+    """The run by its folder or name; a mixture that was edited is shown before the plan that no longer fits it.
+
+    Raises:
+        UserError: there is no such run, or a mixture was edited after its approval.
+    """
     folder = Path(run)
     if not folder.is_dir() and len(folder.parts) == 1:
         from recipes.run import runs_folder
@@ -181,8 +185,8 @@ def _open(run: Path | str, stage: str) -> Run:
         folder = runs_folder() / folder
     if (folder / "adoption.json").is_file():  # killed in the middle: opening the run carries it out
         return Run.load(folder)
-    if approval := _read(folder, stage):
-        _check_text(folder, stage, approval)
+    for path in sorted((folder / "approvals").glob("*.json")):
+        _check_text(folder, path.stem, json.loads(path.read_text(encoding="utf-8")))
     return Run.load(folder)
 
 

@@ -12,7 +12,7 @@ from recipes.chain import SCRIPT, Kind, Link, choose_stages, make_chain
 from recipes.cluster import Cluster, load_cluster
 from recipes.errors import UserError, shown
 from recipes.files import checksum
-from recipes.gate import check, is_approved
+from recipes.gate import is_approved, open_run
 from recipes.lint import checked_plan
 from recipes.loader import find_root, load
 from recipes.plan import Plan, StagePlan
@@ -93,7 +93,7 @@ def prepare(recipe_name: str, cluster: str, stages: str | None, run_name: str | 
     check_gpus(recipe, profile)
     name = check_word(run_name or recipe.name, "the run")
     folder, root = check_folder(runs_folder() / name), check_folder(find_root())
-    run = Run.load(folder) if (folder / RUN_FILE).is_file() else None
+    run = open_run(folder) if (folder / RUN_FILE).is_file() else None
     if run is not None:
         check_same(run, recipe)
         plan = run.plan
@@ -139,9 +139,6 @@ def check_same(run: Run, recipe: Recipe) -> None:
         if not frozen.is_file() or checksum(frozen) != checksum(file):
             found = f"{place} is no longer what the run {run.folder.name} was launched with"
             raise UserError(found, f"restore it from {shown(frozen)}, or {another}", file)
-    for stage in stages:
-        if stage.mixture_file.resolve() in approved:
-            check(run, stage.name)
 
 
 def check_data(order: Order, tokenizer: str | None, checksums: bool, console: Console) -> None:

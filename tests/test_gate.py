@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from recipes.cli_cluster import approve as approve_verb
 from recipes.cluster import load_cluster
 from recipes.errors import UserError
 from recipes.files import append_line, checksum, read_lines
 from recipes.gate import approve, check, difference, is_approved, record
+from recipes.order import prepare
 from recipes.run import ADOPTION, Run
 
 
@@ -109,7 +112,10 @@ def test_an_edit_after_the_approval_is_refused_with_the_difference(launched: Run
     file.write_text(
         file.read_text().replace("fineweb-edu: 0.60", "fineweb-edu: 0.59").replace("dclm: 0.40", "dclm: 0.41")
     )
-    for refused in (lambda: check(launched.folder, "stage2"), lambda: approve("tiny", "stage2")):
+    profile = launched.folder.parent.parent / "two.yaml"
+    profile.write_text("extends: virtual\nnodes: 1\n")
+    launch = partial(prepare, "tiny", str(profile), None, None, None)
+    for refused in (partial(check, launched.folder, "stage2"), partial(approve_verb, "tiny", "stage2"), launch):
         with pytest.raises(UserError) as error:
             refused()
         text = str(error.value)
