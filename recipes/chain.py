@@ -148,7 +148,7 @@ def _describe(link: Link, stage: StagePlan, plan: Plan, cluster: Cluster) -> str
     limit = hours(link.minutes)
     if link.kind == "train":
         size = f"{link.nodes} × {cluster.gpus_per_node} GPUs" if link.nodes > 1 else f"{link.gpus} GPUs"
-        count = f"{link.jobs} jobs of {limit} one after another" if link.jobs > 1 else f"1 job of {limit}"
+        count = f"{link.jobs} jobs of {limit} in turn" if link.jobs > 1 else f"1 job of {limit}"
         return f"{count}, {size}, {_days(stage.gpu_hours / plan.gpus)} planned{after}"
     if link.kind == "eval":
         where = f"{link.gpus} GPU" + "s" * (link.gpus > 1) if link.gpus else "CPU"
