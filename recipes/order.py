@@ -137,7 +137,7 @@ def check_same(run: Run, recipe: Recipe) -> None:
         if frozen in approved:
             continue
         if not frozen.is_file() or checksum(frozen) != checksum(file):
-            found = f"{place} is no longer what the run {run.folder.name} was launched with"
+            found = f"this file is no longer what the run {run.folder.name} was launched with"
             raise UserError(found, f"restore it from {shown(frozen)}, or {another}", file)
 
 

@@ -175,7 +175,7 @@ def test_a_recipe_that_was_edited_since_is_refused(site: Path) -> None:
     create(site)
     order()
     change(site, "stages/tiny/recipe.yaml", "seed: 7", "seed: 8")
-    with pytest.raises(UserError, match=r"recipe\.yaml is no longer what the run tiny was launched with"):
+    with pytest.raises(UserError, match=r"recipe\.yaml: this file is no longer what the run tiny was launched with"):
         go()
 
 
@@ -187,7 +187,7 @@ def test_an_approved_mixture_may_differ_and_an_edited_one_not(site: Path, tmp_pa
     approve(run, "stage2", mixture=mixture)
     assert [link.gate for link in order().chain if link.kind == "train"] == [False, False, True, True]
     change(run.folder / "recipe", "mixtures/smollm2-1.7b/stage3.yaml", "share:", "share: ")
-    with pytest.raises(UserError, match=r"stage3\.yaml is no longer what the run"):
+    with pytest.raises(UserError, match=r"stage3\.yaml: this file is no longer what the run"):
         order()
 
 
