@@ -133,8 +133,7 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
         """One step of the optimizer; notes the learning rate it is done with."""
         self.feed.seconds = 0.0
         self.learning_rate = self.optimizer.get_base_optimizer().param_groups[0]["lr"]
-        if self.fault == (self.iteration_step, self.rank):
-            next(self.unwrapped_model.parameters()).data.fill_(float("nan"))
+        self.fault.strike(self.unwrapped_model, self.iteration_step, self.rank)
         return super().training_step(dataloader)
 
     def train_step_logs(self, outputs: Any, loss_avg: Tensor | None) -> None:

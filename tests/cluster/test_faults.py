@@ -161,7 +161,9 @@ def partition(site: Site, outcome: Outcome) -> Story:
     """A job of a higher partition takes the nodes, and the time limit comes."""
     lab = site.lab
     low = site.profile.with_name("low.yaml")
+    site.more = {"RECIPES_TEST_FAULT": "slow:seconds=0.4"}  # Slurm looks at time limits only every half minute
     run = site.train("partition", STAGE, profile=low)
+    site.more = {}
     job = run.jobs("train", STAGE)[0]
 
     fault = Fault(run, STAGE, "preemption", outcome)

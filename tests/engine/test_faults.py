@@ -12,7 +12,7 @@ import pytest
 
 from recipes.audit import audit
 from recipes.engine.checkpoint import steps
-from recipes.engine.fault import VARIABLE, injected_fault
+from recipes.engine.fault import VARIABLE, InjectedFault, injected_fault
 from recipes.engine.watchdog import ALLOWANCE
 from recipes.errors import UserError
 from recipes.files import read_lines
@@ -140,6 +140,6 @@ def test_a_wrong_setting_in_the_environment_is_refused_before_training(
 
 def test_the_injected_fault_is_for_small_models_only(monkeypatch: pytest.MonkeyPatch, tiny_run: Run) -> None:
     monkeypatch.setenv(VARIABLE, "nan:step=7:rank=1")
-    assert injected_fault(tiny_run.recipe) == (7, 1)
+    assert injected_fault(tiny_run.recipe) == InjectedFault(nan_at=(7, 1))
     with pytest.raises(UserError, match="it is for tests"):
         injected_fault(load("smollm2-135m"))
