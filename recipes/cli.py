@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -310,6 +310,40 @@ def checkpoint(
     from recipes.bench_engine import bench_checkpoint
 
     bench_checkpoint(recipe, processes, micro_batch, json_path)
+
+
+@bench.command()
+def gpu(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name.")] = "smollm2-1.7b",
+    steps: Annotated[int, typer.Option(min=2, help="Steps to time.")] = 20,
+    loss_steps: Annotated[int, typer.Option(min=2, help="Steps over which losses are compared.")] = 200,
+    only: Annotated[Literal["correctness", "speed"] | None, typer.Option(help="One part alone.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A dry run with a tiny model, on a CPU too.")] = False,
+    json_path: Json = None,
+) -> None:
+    """Measure training on this GPU: is it right, how fast is it, what does each fused part give.
+
+    Example: smol bench gpu smollm2-1.7b --json gpu.json
+    """
+    from recipes.bench_gpu import bench_gpu
+
+    bench_gpu(json_path, recipe, steps, tiny, loss_steps, only)
+
+
+@bench.command("all-reduce")
+def all_reduce(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name.")] = "smollm2-1.7b",
+    gpus: Annotated[int, typer.Option(min=2, help="That share a step.")] = 256,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="What the rest of the step reaches by itself.")] = 0.5,
+) -> None:
+    """Work out, on paper, how much of the gradients' all-reduce the backward pass can hide.
+
+    Example: smol bench all-reduce smollm2-1.7b --mfu 0.4
+    """
+    from recipes.allreduce import exchanges, markdown
+    from recipes.loader import load
+
+    print(markdown(exchanges(load(recipe), gpus, mfu)))
 
 
 for verb in (*cli_evaluation.VERBS, *cli_cluster.VERBS):

@@ -1,0 +1,62 @@
+"""The all-reduce on paper: against sums done by hand, and what must hold of any recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recipes.allreduce import BUCKET, Network, buckets_of, exchange, exchanges, markdown
+from recipes.errors import UserError
+from recipes.loader import load
+
+ROOT = Path(__file__).resolve().parent.parent
+LARGE = load("smollm2-1.7b", ROOT)
+
+
+@given(st.sampled_from(["smollm2-135m", "smollm2-360m", "smollm2-1.7b"]), st.floats(1, 1e10))
+def test_the_buckets_hold_every_gradient_once(name: str, least: float) -> None:
+    model = load(name, ROOT).model
+    buckets = buckets_of(model, least)
+    assert sum(buckets) == model.parameters
+    assert all(size >= least for size in buckets[:-1])
+
+
+def test_the_17bs_step_is_what_a_calculator_gives() -> None:
+    found = exchange(LARGE, 4, 1, 4, 256, 0.5, 1e10)  # one bucket: nothing is ready before the end
+    assert found.bytes == 1_711_376_384 * 4
+    by_hand = 2 * 255 / 256 * 6_845_505_536 / (8 * 50e9 * 0.8) + 2 * 255 * 5e-6
+    assert found.reduce_seconds == found.exposed_seconds == pytest.approx(by_hand)
+    flops = 4 * 2048 * (6 * 1_711_376_384 + 12 * 24 * 2048 * 2048)
+    assert found.compute_seconds == pytest.approx(flops / (989e12 * 0.5), rel=1e-3)
+    assert found.hidden_behind_seconds == pytest.approx(found.compute_seconds * 2 / 3)
+    assert found.lost == pytest.approx(by_hand / (by_hand + found.compute_seconds))
+
+
+def test_more_accumulation_hides_less_and_half_the_bytes_take_less() -> None:
+    rows = [row for row in exchanges(LARGE, 256, bucket_values=(16 * BUCKET,)) if row.value_bytes == 4]
+    assert [(row.micro_batch, row.accumulation) for row in rows] == [(4, 1), (2, 2), (1, 4)]
+    assert len({row.compute_seconds for row in rows}) == 1
+    lost = [row.lost for row in rows]
+    assert lost == sorted(lost) and lost[0] < lost[-1]
+    full, half = (exchange(LARGE, 1, 4, size, 256, 0.5, 16 * BUCKET) for size in (4, 2))
+    assert half.reduce_seconds < full.reduce_seconds and half.lost < full.lost
+
+
+@given(st.integers(2, 4096), st.floats(1, 1e11))
+def test_a_ring_moves_less_than_twice_the_bytes(gpus: int, size: float) -> None:
+    network = Network(hop_seconds=0, efficiency=1)
+    assert size / 400e9 <= network.ring_seconds(size, gpus) * (1 + 1e-9) < 2 * size / 400e9 * (1 + 1e-9)
+
+
+def test_a_number_of_gpus_that_does_not_divide_the_step_is_refused() -> None:
+    with pytest.raises(UserError, match="no whole number of sequences of 2,048 on 255 GPUs"):
+        list(exchanges(LARGE, 255))
+
+
+def test_the_table_has_a_line_for_each_way() -> None:
+    lines = markdown(exchanges(LARGE, 256)).splitlines()
+    assert len(lines) == 2 + 2 * 3 * 2
+    assert len({line.count("|") for line in lines}) == 1
