@@ -136,7 +136,7 @@ def bench_gpu(
     json_path: Path | None = None, recipe: str = "smollm2-1.7b", steps: int = 20, tiny: bool = False,
     loss_steps: int = 200, only: str | None = None,
 ) -> Result:  # fmt: skip
-    """Measures training on this machine's GPU and prints it; about half an hour on one H200.
+    """Measures training on this machine's GPU and prints it.
 
     Args:
         json_path: where to write the same as JSON, if anywhere; also what there is so far, after every part.

@@ -98,8 +98,11 @@ def _optimizer(recipe: Recipe) -> Iterator[Finding]:
 def _tokenizer(recipe: Recipe) -> Iterator[Finding]:
     file, model, tokenizer = _recipe_file(recipe), recipe.model.vocab_size, recipe.tokenizer
     local = recipe.root / tokenizer.name
-    for path in (local, local / "tokenizer.json"):
-        if path.is_file() and (size := _entries(path)) != tokenizer.vocab_size:
+    for path in filter(Path.is_file, (local, local / "tokenizer.json")):
+        size = _entries(path)
+        if size is None:
+            yield Finding("error", file, f"tokenizer.name: {path} is no tokenizer.json that has a vocabulary")
+        elif size != tokenizer.vocab_size:
             text = f"tokenizer.vocab_size is {tokenizer.vocab_size:,}, but {path} has {size:,} entries"
             yield Finding("error", file, text)
     if model < tokenizer.vocab_size:
@@ -110,9 +113,13 @@ def _tokenizer(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("warning", file, f"model.vocab_size has {unused:,} entries that the tokenizer never uses")
 
 
-def _entries(tokenizer: Path) -> int:
-    content = json.loads(tokenizer.read_text(encoding="utf-8"))
-    return len(set(content["model"]["vocab"]) | {token["content"] for token in content["added_tokens"]})
+def _entries(tokenizer: Path) -> int | None:
+    """Of the vocabulary and the added tokens together; None if the file is something else."""
+    try:
+        content = json.loads(tokenizer.read_text(encoding="utf-8"))
+        return len(set(content["model"]["vocab"]) | {token["content"] for token in content["added_tokens"]})
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def _checkpoints(recipe: Recipe) -> Iterator[Finding]:

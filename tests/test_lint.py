@@ -80,3 +80,10 @@ def test_a_local_tokenizer_is_counted(tree: Path) -> None:
     (tree / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"content": "c"}]}')
     change(tree, RECIPE, "HuggingFaceTB/cosmo2-tokenizer", "tokenizer.json")
     assert any("tokenizer.json has 3 entries" in f.text for f in lint(load(BASE, tree)))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": {"vocab": {}}}', '{"model": null, "added_tokens": []}'])
+def test_a_local_tokenizer_that_is_none_is_named(tree: Path, content: str) -> None:
+    (tree / "tokenizer.json").write_text(content)
+    change(tree, RECIPE, "HuggingFaceTB/cosmo2-tokenizer", "tokenizer.json")
+    assert any("tokenizer.json is no tokenizer.json" in f.text for f in lint(load(BASE, tree)))
