@@ -20,6 +20,7 @@ from typing import Any
 
 from recipes import slurm
 from recipes.cluster import FROZEN
+from recipes.engine.checkpoint import MANIFEST
 from recipes.errors import UserError
 from recipes.run import RUN_FILE, runs_folder
 
@@ -63,6 +64,8 @@ class StageStatus:
     """Median, with data and checkpoints."""
     seconds_left: float | None = None
     """To the stage's end, at the median rate."""
+    idle_seconds: float | None = None
+    """Since its last step, by the clock of the file system: a stage that is alive has made one a moment ago."""
     losses: list[float] = field(default_factory=list)
     """At steps spread evenly over the stage so far."""
     reason: str | None = None
@@ -217,7 +220,8 @@ def read(folder: Path, now: float | None = None, answer: Answer | None = None) -
     """How a run stands; `answer` is Slurm's, if it has been asked already."""
     plan, events = read_json(folder / "plan.json"), tail(folder / "events.jsonl", 1 << 22)
     planned, branches = mappings(plan.get("stages")), mappings(plan.get("branches"))
-    stages = [read_stage(folder, stage, plan) for stage in planned + branches]
+    now = time.time() if now is None else now
+    stages = [read_stage(folder, stage, plan, now) for stage in planned + branches]
     queue, problem = answer or ask_slurm()
     jobs = read_jobs(folder, queue) if problem is None else noted_jobs(folder)
     if problem is None and (folder / "jobs.jsonl").is_file():
@@ -232,15 +236,16 @@ def read(folder: Path, now: float | None = None, answer: Answer | None = None) -
         run=folder.name, folder=folder, recipe=str(read_json(folder / RUN_FILE).get("recipe", "?")),
         cluster=cluster_name(folder), gpus=gpus, stages=stages, jobs=jobs, slurm=problem,
         restarts=dict(restarts), stops=dict(stops),
-        goodput=goodput(events, {s.name: s for s in stages}, now or time.time()), seconds_left=run_left(main, gpus),
+        goodput=goodput(events, {s.name: s for s in stages}, now), seconds_left=run_left(main, gpus),
         disk_bytes=disk_use(folder), next_gate=next_gate(folder, main),
     )  # fmt: skip
 
 
-def read_stage(folder: Path, planned: Json, plan: Json) -> StageStatus:
+def read_stage(folder: Path, planned: Json, plan: Json, now: float) -> StageStatus:
     """A stage's progress, from the end of its metrics and its state."""
     name, start, end = str(planned.get("name")), whole(planned.get("start_step")), whole(planned.get("end_step"))
-    lines = [line for line in tail(folder / name / "metrics.jsonl") if number(line.get("step")) is not None]
+    metrics = folder / name / "metrics.jsonl"
+    lines = [line for line in tail(metrics) if number(line.get("step")) is not None]
     recent, state = lines[-RECENT_STEPS:], read_json(folder / name / "state.json")
     last = lines[-1] if lines else {}
     step = max(start, whole(last.get("step")), whole(state.get("step")))
@@ -254,7 +259,8 @@ def read_stage(folder: Path, planned: Json, plan: Json) -> StageStatus:
         lr=number(last.get("lr")), mfu=median([line.get("mfu") for line in recent]),
         tokens_per_s_per_gpu=rate / gpus if rate else None,
         step_seconds=median(spans), seconds_left=(end - step) * size / rate if rate else None,
-        losses=spread(folder / name / "metrics.jsonl", "loss"), reason=str(reason) if reason else None,
+        losses=spread(metrics, "loss"), idle_seconds=max(0.0, now - changed) if (changed := mtime(metrics)) else None,
+        reason=str(reason) if reason else None,
     )  # fmt: skip
 
 
@@ -287,10 +293,22 @@ def seconds_of(value: object) -> float | None:
         return None
 
 
+def mtime(path: Path) -> float | None:
+    """When a file was last written to; none if it is not there."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
 def disk_use(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+    """Bytes of all files below a folder; of a checkpoint, which may have hundreds, its manifest's word is taken."""
     total = 0
-    for where, _, names in os.walk(folder):
+    for where, folders, names in os.walk(folder):
+        if MANIFEST in names and Path(where).parent.name == "checkpoints":
+            total += sum(whole(file.get("bytes")) for file in mappings(read_json(Path(where) / MANIFEST).get("files")))
+            folders.clear()
+            continue
         for name in names:
             try:
                 total += os.lstat(os.path.join(where, name)).st_size  # noqa: PTH118  a run has many files

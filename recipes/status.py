@@ -18,7 +18,7 @@ from rich.table import Table
 from recipes import slurm
 from recipes.files import append_line
 from recipes.show import amount, bytes_of
-from recipes.standing import Json, RunStatus, StageStatus, find, read, read_all
+from recipes.standing import ACTIVE, Json, RunStatus, StageStatus, find, read, read_all
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 WATCH_SECONDS = 5.0
@@ -72,44 +72,70 @@ def picture(status: RunStatus) -> RenderableType:
     where = f"{status.recipe}, {status.gpus} GPUs" + (f" of {status.cluster}" if status.cluster else "")
     parts: list[RenderableType] = [f"[bold]{escape(status.run)}[/]  {escape(where)}", stages_table(status)]
     parts += [f"[red]{stage.name} {stage.state}:[/] {escape(stage.reason)}" for stage in status.stages if stage.reason]
-    parts.append(figures(status))
-    if status.slurm:
-        parts.append(f"[yellow]Slurm could not be asked: {escape(status.slurm)}[/]")
+    parts += [figures(status), *unreachable([status])]
     return Group(*parts, jobs_table(status.jobs)) if status.jobs else Group(*parts)
 
 
+def unreachable(runs: Sequence[RunStatus]) -> list[str]:
+    """Says that what squeue knows is missing, if it is."""
+    problem = next((status.slurm for status in runs if status.slurm), None)
+    return [f"[yellow]Slurm could not be asked: {escape(problem)}[/]"] if problem else []
+
+
 def stages_table(status: RunStatus) -> Table:
-    """A line a stage: a bar, figures, and the loss's picture."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("stage", "state", "", "step", "tokens", "loss", "", "lr", "tok/s/GPU", "MFU", "left"):
-        words = name in ("stage", "state", "")
-        table.add_column(name, justify="left" if words else "right", no_wrap=True)
+    """A line a stage: how far it is."""
+    table = plain_table("stage", "state", "", "step", "tokens", "loss", "left", words=3)
     for stage in status.stages:
         steps = max(1, stage.end_step - stage.start_step)
         table.add_row(
-            stage.name, stage.state, ProgressBar(steps, stage.step - stage.start_step, width=16),
+            stage.name, stage.state, ProgressBar(steps, stage.step - stage.start_step, width=10),
             f"{stage.step:,}/{stage.end_step:,}", f"{amount(stage.tokens)}/{amount(stage.tokens_planned)}",
-            shown(stage.loss, ".3f"), sparkline(stage.losses), shown(stage.lr, ".2e"),
-            shown(stage.tokens_per_s_per_gpu, ",.0f"), shown(stage.mfu, ".0%"),
-            duration(stage.seconds_left) if stage.state == "training" else "",
+            shown(stage.loss, ".3f"), duration(stage.seconds_left) if stage.state == "training" else "",
         )  # fmt: skip
     return table
 
 
+def plain_table(*columns: str, words: int) -> Table:
+    """A table whose first `words` columns are words and the others numbers; 100 columns hold what is usual."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < words else "right", no_wrap=i > 0, overflow="fold")
+    return table
+
+
 def figures(status: RunStatus) -> Table:
-    """The run's figures, a line each."""
+    """The figures of the stage that is trained, and of the run, a line each."""
     table = Table(box=None, show_header=False, pad_edge=False)
+    stage = status.current
     rows = [
-        ("to the run's end", f"{duration(status.seconds_left)} of training"),
+        ("loss", f"{sparkline(stage.losses)} in {stage.name}" if stage and stage.losses else ""),
+        ("learning rate", shown(stage.lr, ".2e") if stage else ""),
+        ("speed", speed(stage) if stage else ""),
+        ("last step", f"{duration(stage.idle_seconds)} ago" if stage and stage.state in ACTIVE else ""),
+        ("to the run's end", run_left(status)),
         ("restarts", counted(status.restarts)),
         ("stops", counted(status.stops)),
-        ("goodput", shown(status.goodput, ".1%") or "?"),
+        ("goodput", shown(status.goodput, ".1%")),
         ("disk", bytes_of(status.disk_bytes)),
         ("next gate", status.next_gate or "none"),
     ]
     for name, text in rows:
-        table.add_row(f"[dim]{name}[/]", escape(text))
+        if text:
+            table.add_row(f"[dim]{name}[/]", escape(text))
     return table
+
+
+def speed(stage: StageStatus) -> str:
+    """What a GPU does, and of what it could do at best."""
+    mfu = f", MFU {stage.mfu:.0%}" if stage.mfu is not None else ""
+    return f"{stage.tokens_per_s_per_gpu:,.0f} tokens/s/GPU{mfu}" if stage.tokens_per_s_per_gpu else ""
+
+
+def run_left(status: RunStatus) -> str:
+    """The time that the rest of the run takes."""
+    if status.seconds_left is None:
+        return "unknown until a step is done"
+    return f"{duration(status.seconds_left)} of training" if status.seconds_left else "trained to its end"
 
 
 def counted(causes: dict[str, int]) -> str:
@@ -118,33 +144,40 @@ def counted(causes: dict[str, int]) -> str:
 
 
 def jobs_table(jobs: Sequence[Json]) -> Table:
-    """Jobs that may still run, or all that were submitted if squeue was not asked."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    keys = ("id", "kind", "stage", "state", "nodes", "time_used", "time_left", "reason")
-    for key in keys:
-        table.add_column(key.replace("_", " "))
-    for job in jobs:
-        if job.get("live", True):
-            table.add_row(*(escape(str(job.get(key, ""))) for key in keys))
+    """Jobs that may still run, or all that were submitted if squeue was not asked; those that are alike in one line."""
+    keys = ("kind", "stage", "state", "nodes", "time_used", "time_left", "reason")
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for job in (job for job in jobs if job.get("live", True)):
+        alike.setdefault(tuple(str(job.get(key, "")) for key in keys), []).append(str(job.get("id")))
+    used = [i for i in range(len(keys)) if any(row[i] for row in alike)]
+    table = plain_table("jobs", *(keys[i].replace("_", " ") for i in used), words=9)
+    for row, ids in alike.items():
+        shown_ids = ids[0] if len(ids) == 1 else f"{ids[0]} … {ids[-1]} ({len(ids)})"
+        table.add_row(escape(shown_ids), *(escape(row[i]) for i in used))
     return table
 
 
 def overview(runs: Sequence[RunStatus]) -> RenderableType:
-    """All runs, a line each."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("run", "recipe", "stage", "state", "step", "loss", "tok/s/GPU", "left", "restarts", "jobs"):
-        table.add_column(name, no_wrap=True)
+    """All runs, a line each, and what needs a person."""
+    table = plain_table("run", "stage", "state", "done", "loss", "tokens/s/GPU", "left", "restarts", "jobs", words=3)
     for status in runs:
         stage = status.current or StageStatus("?", "?", 0, 0, 0, 0, 0)
         live = Counter(str(job["state"]).lower() for job in status.jobs if job.get("live"))
         table.add_row(
-            status.run, status.recipe, stage.name, stage.state, f"{stage.step:,}/{stage.end_step:,}",
-            shown(stage.loss, ".3f"), shown(stage.tokens_per_s_per_gpu, ",.0f"), duration(status.seconds_left),
+            status.run, stage.name, stage.state, f"{stage.tokens / max(1, stage.tokens_planned):.0%}",
+            shown(stage.loss, ".3f"), shown(stage.tokens_per_s_per_gpu, ",.0f"),
+            duration(status.seconds_left) if status.seconds_left else "",
             str(sum(status.restarts.values())), ", ".join(f"{n} {state}" for state, n in live.items()),
         )  # fmt: skip
-    problem = next((status.slurm for status in runs if status.slurm), None)
-    note = [f"[yellow]Slurm could not be asked: {escape(problem)}[/]"] if problem else []
-    return Group(table, *note) if runs else "no runs yet: smol launch starts one"
+    lines = [f"{escape(status.run)}: {escape(text)}" for status in runs for text in awaiting(status)]
+    return Group(table, *lines, *unreachable(runs)) if runs else "no runs yet: smol launch starts one"
+
+
+def awaiting(status: RunStatus) -> list[str]:
+    """What a person has to do or to know for the run to go on."""
+    reasons = [f"{stage.name} {stage.state}: {stage.reason}" for stage in status.stages if stage.reason]
+    gate = status.next_gate or ""
+    return reasons + [gate] * ("smol approve" in gate)
 
 
 def sparkline(values: Sequence[float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -67,7 +68,7 @@ def end(cause: str, allocated: float, productive: float) -> dict[str, Any]:
 
 def printed(run: str | None, **more: Any) -> str:
     out = io.StringIO()
-    status.show(run, Console(file=out, width=160), **more)
+    status.show(run, Console(file=out, width=100), **more)
     return out.getvalue()
 
 
@@ -114,6 +115,15 @@ def test_disk_use_is_every_file_below(run: Path) -> None:
     assert standing.read(run).disk_bytes == before + 12345
 
 
+def test_disk_use_takes_a_checkpoints_manifest_at_its_word(run: Path) -> None:
+    before = standing.read(run).disk_bytes
+    checkpoint = run / "stage1/checkpoints/50"
+    write_json(checkpoint / "manifest.json", {"files": [{"name": "a/b", "bytes": 10**9}, {"name": "c", "bytes": 5}]})
+    (checkpoint / "a").mkdir()
+    (checkpoint / "a/b").write_bytes(b"x")
+    assert standing.read(run).disk_bytes == before + 10**9 + 5
+
+
 def test_the_gate_waits_for_a_proposal_then_for_a_person_then_is_open(run: Path) -> None:
     assert standing.read(run).next_gate == "stage2, once stage1 is trained and a mixture is proposed"
     (run / "proposals").mkdir()
@@ -130,14 +140,64 @@ def test_a_stage_that_has_begun_waits_for_no_gate(run: Path) -> None:
 
 def test_the_picture_of_a_run_without_slurm(run: Path) -> None:
     text = printed("first")
-    for word in ("stage1", "60/100", "60k/100k", "3.000", "1.00e-03", "500", "40%", "20 s", "2 min", "2 × preempted",
-                 "no Slurm on this machine", "█▇", "17", "virtual"):  # fmt: skip
+    for word in ("stage1", "60/100", "60k/100k", "3.000", "1.00e-03", "500 tokens/s/GPU", "40%", "20 s", "2 min",
+                 "2 × preempted", "no Slurm on this machine", "█▇", "17", "virtual", "last step"):  # fmt: skip
         assert word in text, word
 
 
-def test_all_runs_a_line_each(run: Path) -> None:
-    make_run(run.parent / "second")
-    assert [line.split()[0] for line in printed(None).splitlines() if "tiny" in line] == ["first", "second"]
+def test_the_figures_of_11_trillion_tokens_fit_100_columns(run: Path) -> None:
+    stages = [("stage1", 0, 2861022), ("stage2", 2861022, 3814697), ("stage4", 4768371, 5240000)]
+    names = [{"name": name, "start_step": start, "end_step": end} for name, start, end in [*stages, stages[-1]]]
+    names[-1]["name"] = "long-context"
+    write_json(run / "plan.json", {"stages": names, "tokens_per_step": 2097152, "gpus": 256})
+    for name, _, end in [stages[0], ("long-context", *stages[-1][1:])]:
+        write_json(run / name / "state.json", {"stage": name, "state": "interrupted", "step": end - 1})
+        line = {"step": end - 1, "loss": 12.345, "lr": 5e-4, "tokens_per_s": 2097152 / 0.9, "mfu": 0.41}
+        (run / name / "metrics.jsonl").write_text("")
+        append_line(run / name / "metrics.jsonl", line)
+    text = printed("first")
+    for word in ("long-context", "interrupted", "2,861,021/2,861,022", "5,239,999/5,240,000", "6T/6T", "989.1B/989.1B",
+                 "12.345", "9,102 tokens/s/GPU, MFU 41%"):  # fmt: skip
+        assert word in text, word
+    assert "…" not in text and max(map(len, text.splitlines())) <= 100
+    assert "…" not in (text := printed(None)) and max(map(len, text.splitlines())) <= 100
+
+
+def test_a_run_that_never_started_and_one_that_is_complete(run: Path) -> None:
+    (run / "stage1/metrics.jsonl").unlink()
+    (run / "stage1/state.json").unlink()
+    assert "unknown until a step is done" in (text := printed("first")) and "learning rate" not in text
+    for name, end in (("stage1", 100), ("stage2", 300)):
+        write_json(run / name / "state.json", {"stage": name, "state": "finished", "step": end})
+    append_line(run / "stage2/metrics.jsonl", {"step": 300, "tokens_per_s": 10.0})
+    assert "trained to its end" in (text := printed("first")) and "last step" not in text
+
+
+def test_jobs_that_are_alike_share_a_line(run: Path) -> None:
+    for job in (18, 19):
+        append_line(run / "jobs.jsonl", {"id": job, "kind": "train", "stage": "stage1"})
+    append_line(run / "jobs.jsonl", {"id": 20, "kind": "eval", "stage": "stage1"})
+    jobs = printed("first").rpartition("jobs ")[2].splitlines()
+    assert jobs[0].split() == ["kind", "stage", "state"]  # what is empty in all lines has no column
+    assert [line.split() for line in jobs[2:4]] == [
+        ["17", "…", "19", "(3)", "train", "stage1", "?"], ["20", "eval", "stage1", "?"],
+    ]  # fmt: skip
+
+
+def test_all_runs_a_line_each_and_what_needs_a_person(run: Path) -> None:
+    second = make_run(run.parent / "second")
+    assert [line.split()[0] for line in printed(None).splitlines() if "60%" in line] == ["first", "second"]
+    assert "smol approve" not in printed(None)
+    (second / "proposals").mkdir()
+    (second / "proposals/stage2.yaml").write_text("domains: {}")
+    write_json(run / "stage1/state.json", {"stage": "stage1", "state": "diverged", "step": 50, "reason": "NaN"})
+    assert "first: stage1 diverged: NaN\nsecond: stage2 waits for you" in printed(None)
+
+
+def test_how_long_ago_the_last_step_was(run: Path) -> None:
+    os.utime(run / "stage1/metrics.jsonl", (0, 1000))
+    first, second = standing.read(run, now=1090.0).stages
+    assert (first.idle_seconds, second.idle_seconds) == (90, None)
 
 
 def test_no_runs_and_an_unknown_run(run: Path) -> None:
