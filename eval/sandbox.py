@@ -1,10 +1,9 @@
 """Runs a program that a model has written, in a process of its own, with little to break. Linux only.
 
-The process has no network (a network namespace of its own) and sees none of this one's environment. It may write only
-below its own temporary folder (Landlock; where the kernel has none, root becomes nobody). Time, memory, the size of
-files and the number of open files are limited; when the time is up, every process below it is killed (a PID namespace
-where one is allowed). It can still read whatever its user can read. Where the network cannot be taken away, or nothing
-keeps it from writing elsewhere, nothing is run.
+The process has no network, sees none of this one's environment, and can neither write a file nor start a process.
+Time, memory and output are limited. eval/sandbox_inside.py says by what; where one of its means is missing, nothing is
+run. The program can still read what its user can read. A program that means to cheat can: its test runs in the same
+Python, so it could call itself passed.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.sandbox_inside import CANNOT, TIMEOUT
 from recipes.errors import UserError
 
 INSIDE = Path(__file__).resolve().with_name("sandbox_inside.py")
-CANNOT = 3
-"""The exit code of `INSIDE` where it cannot shut itself in."""
+FIX = "run without humaneval on this machine"
 
 
 @dataclass(frozen=True)
@@ -49,25 +48,30 @@ def run_code(program: str, seconds: float, memory: int) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="sandbox-") as name:
         folder = Path(name)
         (folder / "program.py").write_text(f"{program}\nprint({token!r})\n", encoding="utf-8")
-        folder.chmod(0o777)
         with open(folder / "out", "wb") as out_file, open(folder / "err", "wb") as error_file:
             process = subprocess.Popen(
                 [sys.executable, "-I", str(INSIDE), name, str(seconds), str(memory)], cwd=name,
                 env={}, stdin=subprocess.DEVNULL, stdout=out_file, stderr=error_file, start_new_session=True,
             )  # fmt: skip
         try:
-            process.wait(seconds + 5)
-            timed_out = process.returncode in (-signal.SIGKILL, 124, -signal.SIGXCPU)
+            code = process.wait(seconds + 5)
         except subprocess.TimeoutExpired:
-            timed_out = True
+            code = TIMEOUT
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         out, error = ((folder / part).read_bytes()[-4000:].decode(errors="replace") for part in ("out", "err"))
-    if process.returncode == CANNOT:
-        raise UserError(f"programs cannot be shut in here ({error.strip()})", "run without humaneval on this machine")
+    if code == CANNOT:
+        raise UserError(f"programs cannot be shut in here ({error.strip()})", FIX)
     if token in out:
         return Outcome(True, "passed")
-    lines = error.strip().splitlines() or [f"exit code {process.returncode}"]
-    return Outcome(False, "timeout" if timed_out else lines[-1])
+    lines = error.strip().splitlines() or [f"exit code {code}"]
+    return Outcome(False, "timeout" if code == TIMEOUT else lines[-1])
+
+
+def check_sandbox(memory: int) -> None:
+    """Raises UserError if a program that does nothing does not pass: a model's programs would all seem wrong."""
+    outcome = run_code("pass", seconds=10, memory=memory)
+    if not outcome.passed:
+        raise UserError(f"no program runs in the sandbox ({outcome.reason})", FIX)
