@@ -97,6 +97,8 @@ class RunStatus:
     disk_bytes: int
     next_gate: str | None
     """What the next stage waits for."""
+    upload: str | None
+    """The last line that an upload has written."""
 
     @property
     def current(self) -> StageStatus | None:
@@ -238,6 +240,7 @@ def read(folder: Path, now: float | None = None, answer: Answer | None = None) -
         restarts=dict(restarts), stops=dict(stops),
         goodput=goodput(events, {s.name: s for s in stages}, now), seconds_left=run_left(main, gpus),
         disk_bytes=disk_use(folder), next_gate=next_gate(folder, main),
+        upload=last_line(folder / "logs" / "upload.log"),
     )  # fmt: skip
 
 
@@ -315,6 +318,17 @@ def disk_use(folder: Path) -> int:
             except OSError:
                 continue  # gone meanwhile
     return total
+
+
+def last_line(path: Path) -> str | None:
+    """A text file's last line that is not empty."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        return None
+    return next((line.strip() for line in reversed(lines) if line.strip()), None)
 
 
 def cluster_name(folder: Path) -> str | None:

@@ -117,6 +117,7 @@ def figures(status: RunStatus) -> Table:
         ("stops", counted(status.stops)),
         ("goodput", shown(status.goodput, ".1%")),
         ("disk", bytes_of(status.disk_bytes)),
+        ("upload", status.upload or ""),
         ("next gate", status.next_gate or "none"),
     ]
     for name, text in rows:

@@ -194,6 +194,13 @@ def test_all_runs_a_line_each_and_what_needs_a_person(run: Path) -> None:
     assert "first: stage1 diverged: NaN\nsecond: stage2 waits for you" in printed(None)
 
 
+def test_what_the_upload_said_last(run: Path) -> None:
+    assert standing.read(run).upload is None
+    (run / "logs").mkdir()
+    (run / "logs/upload.log").write_text("stage1 step 10: 300 bytes sent\nstage1 step 20: failed: no network\n\n")
+    assert "stage1 step 20: failed: no network" in printed("first")
+
+
 def test_how_long_ago_the_last_step_was(run: Path) -> None:
     os.utime(run / "stage1/metrics.jsonl", (0, 1000))
     first, second = standing.read(run, now=1090.0).stages

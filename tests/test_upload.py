@@ -16,6 +16,7 @@ from recipes.run import Run
 from recipes.state import lock
 from recipes.upload import BEGUN, VARIABLE, check_target, file_system, start_upload, upload
 from tests.checkpoints import write_checkpoint
+from tests.hub import REPOSITORY, Hub
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -129,6 +130,15 @@ def test_a_checkpoint_that_retention_takes_meanwhile_is_no_failure(
     assert "failed" not in capsys.readouterr().out and not (there / "10" / "manifest.json").exists()
 
 
+def test_a_target_that_keeps_nothing_is_not_sent_to_for_ever(
+    tiny_run: Run, there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tiny_run, "stage1", 23)
+    monkeypatch.setattr("recipes.upload._is_there", lambda *_: False)
+    assert once(tiny_run, there) == 0
+    assert capsys.readouterr().out.count("bytes sent") == 1
+
+
 @pytest.mark.parametrize("address", ["nowhere", "ftpx://host/folder"])
 def test_an_address_of_no_known_kind_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, address)
@@ -160,6 +170,30 @@ def test_by_hand_one_pass_and_one_message(tiny_run: Run, there: Path, monkeypatc
     monkeypatch.delenv(VARIABLE)
     done = command(tiny_run)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "SMOL_UPLOAD is not set" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_repository_on_the_hub_gets_a_few_commits_and_no_byte_twice(
+    tiny_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint(tiny_run, "stage1", 23)
+    with Hub() as hub:
+        for key, value in {**hub.environment, VARIABLE: f"hf://{REPOSITORY}"}.items():
+            monkeypatch.setenv(key, value)
+        hub.refuses = "config.yaml"  # after all objects have been sent
+        done = command(tiny_run)
+        assert done.returncode == 1 and "step 23: failed, the next pass tries again: BadRequest" in done.stdout, done
+        assert list(hub.files) == [f"tiny/stage1/23/{BEGUN}"] and hub.puts == 2 and folder.is_dir()
+        hub.refuses = None
+        assert command(tiny_run).returncode == 0
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert hub.files == {f"tiny/stage1/23/{BEGUN}": (folder / "manifest.json").read_bytes()} | {
+            f"tiny/stage1/23/{name}": (folder / name).read_bytes() for name in names
+        }
+        assert hub.puts == 2 and len(hub.commits) == 3 and hub.commits[-1] == ["tiny/stage1/23/manifest.json"]
+        monkeypatch.setenv(VARIABLE, "hf://team/nowhere")
+        done = command(tiny_run)
+        assert done.returncode == 1 and "Make sure the repository and revision exist" in done.stdout, done
 
 
 @pytest.mark.slow
