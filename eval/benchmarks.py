@@ -66,7 +66,7 @@ DATASETS = {
     "mmlu-mc": _MMLU,
     "mmlu-cloze": _MMLU,
     # The revision is the one in lighteval 0.13.0's own task.
-    "mmlu-pro": Dataset("TIGER-Lab/MMLU-Pro", "default", "test", ("question", "options", "answer_index"),
+    "mmlu-pro": Dataset("TIGER-Lab/MMLU-Pro", "default", "test", ("question", "options", "answer_index", "category"),
                         revision="3373e0b32277875b8db2aa555a333b78a08477ea"),
     "gsm8k": Dataset("openai/gsm8k", "main", "test", ("question", "answer"), shots_split="train",
                      revision="740312add88f781978c0658806c59bc2815b9866"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from lighteval.metrics.dynamic_metrics import MultilingualExtractiveMatchMetric
 from lighteval.metrics.metrics_sample import ExactMatches, LoglikelihoodAcc, SampleLevelComputation
-from lighteval.metrics.normalizations import LogProbCharNorm, gsm8k_normalizer, helm_normalizer
+from lighteval.metrics.normalizations import LogProbCharNorm, gsm8k_normalizer, harness_triviaqa_normalizer
 from lighteval.metrics.utils.extractive_match_utils import ExprExtractionConfig, LatexExtractionConfig
 from lighteval.metrics.utils.metric_utils import Metric
 from lighteval.models.model_output import ModelResponse
@@ -21,7 +22,7 @@ from eval.sandbox import run_code
 
 CODE_SECONDS = 10.0
 CODE_BYTES = 1 << 30
-STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\nassert")
+STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\nassert", "\n```")
 """Where a completed function ends: the next thing at the margin."""
 
 
@@ -56,19 +57,17 @@ def _metric(name: str, compute: Any, category: SamplingMethod, higher: bool = Tr
     )
 
 
+def _exact(normal: Callable[[str], str]) -> ExactMatches:
+    return ExactMatches(normalize_gold=normal, normalize_pred=normal, strip_strings=True)
+
+
 ACC = _metric("acc", LoglikelihoodAcc(), SamplingMethod.LOGPROBS)
 ACC_NORM = _metric(
     "acc_norm", LoglikelihoodAcc(LogProbCharNorm("norm", ignore_first_space=True)), SamplingMethod.LOGPROBS
 )
 BITS_PER_BYTE = _metric("bits_per_byte", BitsPerByte(), SamplingMethod.LOGPROBS, higher=False)
-QEM = _metric(
-    "qem", ExactMatches(normalize_gold=gsm8k_normalizer, normalize_pred=gsm8k_normalizer, strip_strings=True),
-    SamplingMethod.GENERATIVE,
-)  # fmt: skip
-EXACT_MATCH = _metric(
-    "exact_match", ExactMatches(normalize_gold=helm_normalizer, normalize_pred=helm_normalizer, strip_strings=True),
-    SamplingMethod.GENERATIVE,
-)  # fmt: skip
+QEM = _metric("qem", _exact(gsm8k_normalizer), SamplingMethod.GENERATIVE)
+EXACT_MATCH = _metric("exact_match", _exact(harness_triviaqa_normalizer), SamplingMethod.GENERATIVE)
 _BOXED = LatexExtractionConfig(boxed_match_priority=0)
 NUMBER_MATCH = _metric(
     "extractive_match",

@@ -1,12 +1,14 @@
 """The benchmarks for lighteval 0.13: a custom task module, made from eval/benchmarks.py.
 
 `EVAL_DATA_ROOT` names the folder of local datasets; without it the Hub's are read, at pinned revisions.
-Prompts follow SmolLM2's evaluation set-up where it is published: multiple choice by log-likelihood in cloze form.
+Without shots the prompts are those of SmolLM2's public task file (text/evaluation/tasks.py of huggingface/smollm), but
+for what docs/decisions.md lists; lighteval joins instruction, shots and query by blank lines.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from string import ascii_uppercase
@@ -33,50 +35,53 @@ Prompt = Callable[[Row, str], Doc]
 
 
 def cloze(query: str, options: list[str], gold: int, name: str) -> Doc:
-    """The options themselves are scored as continuations."""
-    return Doc(task_name=name, query=query, choices=[f" {option}" for option in options], gold_index=gold)
+    """The options themselves are scored as continuations, after one space."""
+    return Doc(task_name=name, query=query.rstrip(), choices=[f" {option}" for option in options], gold_index=gold)
 
 
-def letters(question: str, options: list[str], gold: int, name: str, header: str = "") -> Doc:
+def letters(question: str, options: list[str], gold: int, name: str, topic: str, space: str = " ") -> Doc:
     """The options stand in the question, and their letters are scored."""
-    listed = "".join(f"\n{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
-    choices = [f" {letter}" for letter in ascii_uppercase[: len(options)]]
-    query = f"{header}Question: {question}{listed}\nAnswer:"
-    return Doc(task_name=name, query=query, choices=choices, gold_index=gold, instruction=header or None)
+    header = f"The following are multiple choice questions (with answers) about {topic.replace('_', ' ')}."
+    listed = "".join(f"{letter}. {option}\n" for letter, option in zip(ascii_uppercase, options, strict=False))
+    choices = [space + letter for letter in ascii_uppercase[: len(options)]]
+    query = f"{header}\n\n{question}\n{listed}Answer:"
+    return Doc(task_name=name, query=query, choices=choices, gold_index=gold, instruction=header)
 
 
 def mmlu_cloze(row: Row, name: str) -> Doc:
-    """MMLU as in the public task file: the answers' texts."""
-    return cloze(_mmlu_header(row) + f"Question: {row['question']}\nAnswer:", row["choices"], int(row["answer"]), name)
+    """MMLU by the answers' texts."""
+    header = f"The following are questions about {row['subject'].replace('_', ' ')}."
+    return cloze(f"{header}\nQuestion: {row['question']}\nAnswer:", row["choices"], int(row["answer"]), name)
 
 
 def mmlu_mc(row: Row, name: str) -> Doc:
-    """MMLU as in the paper's Table 8: the letters."""
-    return letters(row["question"], row["choices"], int(row["answer"]), name, _mmlu_header(row))
-
-
-def _mmlu_header(row: Row) -> str:
-    return f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}.\n\n"
+    """MMLU by letters, as in the paper's Table 8."""
+    return letters(row["question"], row["choices"], int(row["answer"]), name, row["subject"])
 
 
 def mmlu_pro(row: Row, name: str) -> Doc:
-    """Up to ten options, by letter."""
-    return letters(row["question"], row["options"], int(row["answer_index"]), name)
+    """Up to ten options, by letter; the public task file has no space before it."""
+    return letters(row["question"], row["options"], int(row["answer_index"]), name, row["category"], space="")
 
 
 def hellaswag(row: Row, name: str) -> Doc:
     """What happens next."""
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}".strip()
-    return cloze(context, row["endings"], int(row["label"]), name)
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return cloze(_plain(context), [_plain(ending) for ending in row["endings"]], int(row["label"]), name)
 
 
-def answer_key(question: str) -> Prompt:
-    """A dataset with `choices.text`, `choices.label` and `answerKey`; `question` is the question's column."""
+def _plain(text: str) -> str:
+    """Without the marks that WikiHow's pages left in HellaSwag, such as [title] and [step]."""
+    return re.sub(r"\[.*?\]", "", text.replace(" [title]", ". ")).replace("  ", " ")
+
+
+def answer_key(question: str, form: str = "{}") -> Prompt:
+    """A dataset with `choices.text`, `choices.label` and `answerKey`; the column `question` goes into `form`."""
 
     def prompt(row: Row, name: str) -> Doc:
         options = row["choices"]
         gold = options["label"].index(row["answerKey"])
-        return cloze(f"Question: {row[question]}\nAnswer:", options["text"], gold, name)
+        return cloze(form.format(row[question]), options["text"], gold, name)
 
     return prompt
 
@@ -91,7 +96,7 @@ def winogrande(row: Row, name: str) -> Doc:
     """The sentence from the gap on, with either option in it."""
     before, _, after = row["sentence"].partition("_")
     options = [f"{row[option]} {after.strip()}" for option in ("option1", "option2")]
-    return cloze(before.rstrip(), options, int(row["answer"]) - 1, name)
+    return cloze(before, options, int(row["answer"]) - 1, name)
 
 
 def question_answer(question: str, answer: str) -> Prompt:
@@ -118,11 +123,10 @@ def triviaqa(row: Row, name: str) -> Doc:
 
 
 def humaneval(row: Row, name: str) -> Doc:
-    """A function to be completed, and the program that tests it."""
+    """A function to be completed from the end of its docstring, and the program that tests it."""
     test = f"{row['test']}\ncheck({row['entry_point']})\n"
-    return Doc(
-        task_name=name, query=row["prompt"], choices=[row["canonical_solution"]], gold_index=0, specific={"test": test}
-    )
+    solution = f"\n{row['canonical_solution']}"
+    return Doc(task_name=name, query=row["prompt"].strip(), choices=[solution], gold_index=0, specific={"test": test})
 
 
 def choice(row: Row, name: str) -> Doc:
@@ -131,8 +135,11 @@ def choice(row: Row, name: str) -> Doc:
 
 
 def code_choice(row: Row, name: str) -> Doc:
-    """What follows some lines of code, indentation and all."""
-    return Doc(task_name=name, query=row["context"], choices=list(row["choices"]), gold_index=int(row["label"]))
+    """What follows some lines of code: the line's break and indentation are scored with it."""
+    query = row["context"].rstrip()
+    between = row["context"][len(query) :]
+    choices = [between + line for line in row["choices"]]
+    return Doc(task_name=name, query=query, choices=choices, gold_index=int(row["label"]))
 
 
 Definition = tuple[Prompt, tuple[Metric, ...], int, tuple[str, ...]]
@@ -144,12 +151,12 @@ DEFINITIONS: dict[str, Definition] = {
     "gsm8k": (question_answer("question", "answer"), (QEM, NUMBER_MATCH, BITS_PER_BYTE), 256, ("Question:",)),
     "math": (question_answer("problem", "solution"), (LATEX_MATCH, BITS_PER_BYTE), 1024, ("Question:",)),
     "hellaswag": (hellaswag, CHOICE, 1, ()),
-    "arc": (answer_key("question"), CHOICE, 1, ()),
+    "arc": (answer_key("question", "Question: {}\nAnswer:"), CHOICE, 1, ()),
     "piqa": (piqa, CHOICE, 1, ()),
     "winogrande": (winogrande, CHOICE, 1, ()),
     "openbookqa": (answer_key("question_stem"), CHOICE, 1, ()),
     "commonsenseqa": (answer_key("question"), CHOICE, 1, ()),
-    "triviaqa": (triviaqa, (EXACT_MATCH,), 20, ("\n", ".", ",")),
+    "triviaqa": (triviaqa, (EXACT_MATCH,), 20, ("Question",)),
     "humaneval": (humaneval, (PASS_AT_ONE, BITS_PER_BYTE), 512, STOPS),
     "docs-choice": (choice, CHOICE, 1, ()),
     "code-choice": (code_choice, CHOICE, 1, ()),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import benchmarks
+from eval.sandbox import check_sandbox
 from recipes.errors import UserError
 from recipes.files import write_atomic, write_json
 from recipes.run import code_revision
@@ -87,15 +88,20 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         os.environ["EVAL_DATA_ROOT"] = str(arguments.data_root)
     os.environ["EVAL_ALLOW_CODE"] = "1" if arguments.allow_code else "0"
     prepare_lighteval(arguments.data_root)
+    if arguments.benchmark == "humaneval" and arguments.allow_code:
+        from eval.metrics import CODE_BYTES
+
+        check_sandbox(CODE_BYTES)
     pipeline = _pipeline(arguments)
     pipeline.model._cache = None  # keyed by the model's path: new weights there would get the old answers
+    prompts = pipeline.model.prompt_manager  # evaluate() deletes the model
     pipeline.evaluate()
     tracker = pipeline.evaluation_tracker
     subtasks = {
         name.partition("|")[0].partition(":")[2] or arguments.benchmark: scores(name, values)
         for name, values in sorted(tracker.metrics_logger.metrics_values.items())
     }
-    write_items(arguments.out.with_suffix(".items.jsonl"), tracker.details_logger.details)
+    write_items(arguments.out.with_suffix(".items.jsonl"), tracker.details_logger.details, prompts)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     revision = code_revision()
     return {
@@ -146,13 +152,14 @@ def scores(task: str, values: dict[str, list[float]]) -> dict[str, dict[str, flo
     return result
 
 
-def write_items(path: Path, details: dict[str, list[Any]]) -> None:
-    """A line for each item and way of asking: what was right, what the model wrote, and its scores."""
+def write_items(path: Path, details: dict[str, list[Any]], prompts: Any) -> None:
+    """A line for each item and way of asking: the whole prompt, what was right, what the model wrote, its scores."""
     lines = []
     for task, items in sorted(details.items()):
         for item in items:
-            line = {"task": task, "id": item.doc.id, "right": item.doc.get_golds()[:3],
-                    "wrote": list(item.model_response.text)[:1], "scores": item.metric}  # fmt: skip
+            line = {"task": task, "id": item.doc.id, "asked": prompts.prepare_prompt(item.doc),
+                    "right": item.doc.get_golds()[:3], "wrote": list(item.model_response.text)[:1],
+                    "scores": item.metric}  # fmt: skip
             lines.append(json.dumps(line, default=float) + "\n")
     write_atomic(path, "".join(lines))
 

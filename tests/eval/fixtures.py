@@ -50,11 +50,19 @@ def datasets() -> dict[str, list[dict[str, Any]]]:
         {"question": f"What is {i}?", "subject": "anatomy", "choices": o, "answer": i} for i, o in enumerate(OPTIONS)
     ]
     choice = [{"context": "It was a dark and stormy", "choices": o, "label": i} for i, o in enumerate(OPTIONS)]
+    code = [
+        {"context": "def f():\n    x = 1\n", "choices": [f"    {o}()" for o in options], "label": i}
+        for i, options in enumerate(OPTIONS)
+    ]
     swag = [
         {"ind": i, "activity_label": "Cooking", "ctx_a": "A man cuts bread.", "ctx_b": "he",
          "endings": options, "label": str(i)}
-        for i, options in enumerate(OPTIONS)
+        for i, options in enumerate(OPTIONS[:2])
     ]  # fmt: skip
+    swag.append(
+        {"ind": 2, "activity_label": "How to cut", "ctx_a": "[header] How to cut [title] Take a knife. [step] Hold it.",
+         "ctx_b": "", "endings": [f"Cut {o}. [title] Eat" for o in OPTIONS[2]], "label": "2"}
+    )  # fmt: skip
     winogrande = [
         {"sentence": "The cup did not fit the box because the _ was too big.", "option1": "cup", "option2": "box",
          "answer": answer}
@@ -63,7 +71,8 @@ def datasets() -> dict[str, list[dict[str, Any]]]:
     trivia = [
         {"question": f"Who is number {i}?", "answer": {"value": "Ann", "aliases": ["Ann", "Anna"]}} for i in range(3)
     ]
-    pro = [{"question": "Which?", "options": [*OPTIONS[i], "none"], "answer": "B", "answer_index": i} for i in range(3)]
+    pro = [{"question": "Which?", "options": [*OPTIONS[i], "none"], "answer": "ABC"[i], "answer_index": i,
+            "category": "computer science"} for i in range(3)]  # fmt: skip
     return {
         "mmlu/anatomy/test": mmlu, "mmlu/virology/test": mmlu, "mmlu-pro/test": pro,
         "gsm8k/test": _gsm8k(1), "gsm8k/train": _gsm8k(20),
@@ -72,7 +81,7 @@ def datasets() -> dict[str, list[dict[str, Any]]]:
         "piqa/validation": [{"goal": "Open it", "sol1": "pull", "sol2": "wait for it", "label": i} for i in (0, 1, 1)],
         "winogrande/validation": winogrande, "openbookqa/test": _keyed("question_stem"),
         "commonsenseqa/validation": _keyed("question"), "triviaqa/validation": trivia, "humaneval/test": _humaneval(),
-        "docs-choice/test": choice, "code-choice/test": choice, "word-problems/test": _gsm8k(40),
+        "docs-choice/test": choice, "code-choice/test": code, "word-problems/test": _gsm8k(40),
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from eval.benchmarks import DATASETS
 from eval.suite import load_suite
-from tests.eval.fixtures import datasets, write_datasets, write_model
+from tests.eval.fixtures import OPTIONS, datasets, write_datasets, write_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHAT = "{% for m in messages %}<chat>{{ m.content }}</chat>{% endfor %}"
@@ -61,6 +61,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs["chatty"] = worker("chatty", "arc", "chatty")
     runs["nan"] = worker("nan", "hellaswag", "broken")
     runs["no-code"] = worker("no-code", "humaneval")
+    (folder / "cases.json").write_text(json.dumps([case[:3] for case in READINGS]))
+    runs["read"] = ["read", str(folder / "cases.json"), str(folder / "readings.json")]
+    runs["definitions"] = ["definitions", str(folder / "definitions.json")]
     runs["cp"] = ["cp", str(folder / "other"), str(folder / "model")]  # new weights at the same path
     runs["new-weights"] = worker("new-weights", "hellaswag")
     other = start_workers(folder / "other-order.txt", [worker("other-order", "arc", "chatty")], hash_seed=2)
@@ -112,16 +115,15 @@ def test_scores_are_those_of_transformers_alone(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-    rows = datasets()["hellaswag/validation"]
+    contexts = ["Cooking: A man cuts bread. He"] * 2 + ["How to cut: How to cut. Take a knife. Hold it."]
+    endings = [*OPTIONS[:2], [f"Cut {option}.. Eat" for option in OPTIONS[2]]]
     right, right_by_character, bits = [], [], []
-    for row in rows:
-        context = "Cooking: A man cuts bread. He"
-        nats = [log_probability(tokenizer, model, context, f" {ending}") for ending in row["endings"]]
-        by_character = [n / len(ending) for n, ending in zip(nats, row["endings"], strict=True)]
-        gold = int(row["label"])
+    for gold, (context, texts) in enumerate(zip(contexts, endings, strict=True)):
+        nats = [log_probability(tokenizer, model, context, f" {text}") for text in texts]
+        by_character = [n / len(text) for n, text in zip(nats, texts, strict=True)]
         right.append(nats.index(max(nats)) == gold)
         right_by_character.append(by_character.index(max(by_character)) == gold)
-        bits.append(-nats[gold] / math.log(2) / len(row["endings"][gold].encode()))
+        bits.append(-nats[gold] / math.log(2) / len(texts[gold].encode()))
     found = result(folder, "hellaswag")["subtasks"]["hellaswag"]
     assert found["acc"]["value"] == pytest.approx(100 * sum(right) / 3)
     assert found["acc_norm"]["value"] == pytest.approx(100 * sum(right_by_character) / 3)
@@ -132,6 +134,104 @@ def test_scores_are_those_of_transformers_alone(folder: Path) -> None:
     assert {line["id"]: line["scores"]["bits_per_byte"] for line in lines} == pytest.approx(
         {str(i): value for i, value in enumerate(bits)}, abs=1e-4
     )
+
+
+def test_a_line_of_code_is_scored_with_its_break_and_indentation(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    lines = [f"\n    {options[i]}()" for i, options in enumerate(OPTIONS)]
+    bits = [-log_probability(tokenizer, model, "def f():\n    x = 1", line) / math.log(2) for line in lines]
+    mean = sum(b / len(line.encode()) for b, line in zip(bits, lines, strict=True)) / 3
+    found = result(folder, "code-choice")["subtasks"]["code-choice"]["bits_per_byte"]["value"]
+    assert found == pytest.approx(mean, abs=1e-4)
+
+
+ASKED = {
+    "mmlu-mc": "The following are multiple choice questions (with answers) about anatomy.\n\nWhat is 0?\n"
+               "A. a red stone\nB. water\nC. nothing at all\nD. two birds\nAnswer:",
+    "mmlu-cloze": "The following are questions about anatomy.\nQuestion: What is 0?\nAnswer:",
+    "mmlu-pro": "The following are multiple choice questions (with answers) about computer science.\n\nWhich?\n"
+                "A. a red stone\nB. water\nC. nothing at all\nD. two birds\nE. none\nAnswer:",
+    "hellaswag": "Cooking: A man cuts bread. He",
+    "arc": "Question: What is thing 0?\nAnswer:",
+    "piqa": "Question: Open it\nAnswer:",
+    "winogrande": "The cup did not fit the box because the",
+    "openbookqa": "What is thing 0?",
+    "commonsenseqa": "What is thing 0?",
+    "triviaqa": "Question: Who is number 0?\nAnswer:",
+    "humaneval": 'def add_0(x):\n    """One more than x."""',
+    "docs-choice": "It was a dark and stormy",
+    "code-choice": "def f():\n    x = 1",
+    "word-problems": "Question: Ann has 40 coins and finds 41. How many?\nAnswer:",
+}  # fmt: skip
+"""What the model reads for each benchmark's first item, without shots: SmolLM2's public task file, text for text."""
+RIGHT = {
+    "mmlu-mc": " A", "mmlu-pro": "A", "piqa": " pull", "winogrande": " cup was too big.", "mmlu-cloze": " a red stone",
+    "humaneval": "\n    return x + 1\n", "code-choice": "\n    a red stone()",
+}  # fmt: skip
+
+
+def first_item(folder: Path, name: str) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (folder / f"{name}.items.jsonl").read_text().splitlines()]
+    return next(line for line in lines if line["id"] == "0")
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_the_model_is_asked(folder: Path, name: str) -> None:
+    first = first_item(folder, name)
+    assert first["asked"] == ASKED[name]
+    assert first["right"][0] == RIGHT.get(name, first["right"][0])
+
+
+def test_shots_are_the_first_of_their_split(folder: Path) -> None:
+    rows = datasets()
+    shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows["gsm8k/train"][:5])
+    assert first_item(folder, "gsm8k")["asked"] == f"{shots}Question: {rows['gsm8k/test'][0]['question']}\nAnswer:"
+    worked = rows["math/algebra/train"][:4]
+    shots = "".join(f"Question: {row['problem']}\nAnswer: {row['solution']}\n\n" for row in worked)
+    assert first_item(folder, "math")["asked"] == f"{shots}Question: Compute $3 + 3$.\nAnswer:"
+
+
+def test_how_long_answers_may_be_and_what_ends_them(folder: Path) -> None:
+    found = json.loads((folder / "definitions.json").read_text())
+    choice = {name for name, (_, _, metrics) in found.items() if metrics == ["acc", "acc_norm", "bits_per_byte"]}
+    generative = {name: (tokens, stops[0]) for name, (tokens, stops, _) in found.items() if name not in choice}
+    assert generative == {
+        "gsm8k": (256, "Question:"), "math": (1024, "Question:"), "triviaqa": (20, "Question"),
+        "humaneval": (512, "\nclass"), "word-problems": (96, "Question:"),
+    }  # fmt: skip
+    assert all("bits_per_byte" in metrics for name, (_, _, metrics) in found.items() if name != "triviaqa")
+
+
+COINS = {"question": "How many?", "answer": "3 * 411 = <<3*411=1233>>1233, and 1.\n#### 1,234"}
+HALF = {"problem": "Half?", "solution": "It is $\\boxed{\\frac{1}{2}}$."}
+ANN = {"question": "Who?", "answer": {"value": "Ann Lee", "aliases": ["Anna", "The Queen"]}}
+ADD = {"prompt": 'def add(x):\n    """One more."""\n', "canonical_solution": "", "entry_point": "add",
+       "test": "def check(candidate):\n    assert candidate(2) == 3\n"}  # fmt: skip
+READINGS = [
+    ("gsm8k", COINS, " It is 1234.\n#### 1234", {"qem": 1, "extractive_match": 1}),
+    ("gsm8k", COINS, " So\n#### 1,234\n\nAnother has 7 coins.", {"qem": 1, "extractive_match": 0}),
+    ("gsm8k", COINS, " The answer is 1234.", {"qem": 0, "extractive_match": 1}),
+    ("gsm8k", COINS, " So\n#### 7\n#### 1234", {"qem": 0, "extractive_match": 1}),
+    ("gsm8k", COINS, "", {"qem": 0, "extractive_match": 0}),
+    ("math", HALF, " So $\\boxed{0.5}$.", {"extractive_match": 1}),
+    ("math", HALF, " From 3 and 4, $\\boxed{\\frac12}$, not 7.", {"extractive_match": 1}),
+    ("math", HALF, " It is $\\boxed{2}$, or 1/2.", {"extractive_match": 0}),
+    ("triviaqa", ANN, " anna.\n", {"exact_match": 1}),
+    ("triviaqa", ANN, " the queen", {"exact_match": 1}),
+    ("triviaqa", ANN, " Ann", {"exact_match": 0}),
+    ("humaneval", ADD, "\n    return x + 1\n\nprint(add('x'))\n", {"pass@1": 1}),
+    ("humaneval", ADD, "\n    return x + 1\n@unknown\ndef more(): pass", {"pass@1": 1}),
+    ("humaneval", ADD, "\n    return x\n", {"pass@1": 0}),
+]
+
+
+@pytest.mark.parametrize("n", range(len(READINGS)))
+def test_how_answers_are_read(folder: Path, n: int) -> None:
+    """qem takes the first number after ####, extractive_match the last number: run-on text after it misleads that."""
+    assert json.loads((folder / "readings.json").read_text())[n] == READINGS[n][3]
 
 
 def test_the_same_checkpoint_twice_gives_the_same_scores(folder: Path) -> None:
