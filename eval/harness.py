@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from eval import benchmarks as tasks
 from eval.scorecard import Result, Score, Scorecard, mean
+from eval.soundness import scores_of
 from eval.suite import Benchmark, Suite
 from recipes.engine.checkpoint import MANIFEST, Checkpoint
 from recipes.errors import UserError
@@ -114,12 +115,10 @@ def subject_of(path: Path) -> Subject:
 
 
 def scores_folder(subject: Subject, options: Options) -> Path:
-    """Where the subject's scorecards go: a scaled-down recipe's stay in its run."""
+    """Where the subject's scorecards go."""
     if options.scores is not None:
         return options.scores
-    if subject.run is not None and subject.run.recipe.scale != 1:
-        return subject.run.folder / "eval" / "scores"
-    return find_root() / "eval" / "scores" / subject.recipe
+    return scores_of(subject.run) if subject.run else find_root() / "eval" / "scores" / subject.recipe
 
 
 def scorecard_path(subject: Subject, suite: str, options: Options) -> Path:
@@ -337,6 +336,7 @@ def _locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
 
 
 def with_limit(suite: Suite, limit: int) -> Suite:
-    """The suite with at most `limit` items of each subtask."""
+    """The suite with at most `limit` items of each subtask, under a name of its own: its results replace no others."""
     fewer = {n: b.model_copy(update={"limit": min(limit, b.limit or limit)}) for n, b in suite.benchmarks.items()}
-    return suite.model_copy(update={"benchmarks": fewer})
+    changed = {"benchmarks": fewer, "name": f"{suite.name}-{limit}"} if fewer != suite.benchmarks else {}
+    return suite.model_copy(update=changed)

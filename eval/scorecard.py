@@ -137,6 +137,7 @@ def z_of(after: Score, before: Score) -> float:
     return difference / error if error else math.copysign(math.inf, difference) if difference else 0.0
 
 
-def scorecards(folder: Path) -> list[Scorecard]:
-    """All scorecards of a folder, by step and name."""
-    return sorted((Scorecard.load(p) for p in folder.glob("*.json")), key=lambda card: (card.step, card.stage))
+def scorecards(path: Path) -> list[Scorecard]:
+    """All scorecards of a folder, by step and name; or the one of a file."""
+    files = [path] if path.is_file() else path.glob("*.json")
+    return sorted((Scorecard.load(file) for file in files), key=lambda card: (card.step, card.stage))

@@ -17,19 +17,26 @@ from recipes.run import RUN_FILE, Run
 EVALUATE = "evaluate the checkpoint again with `smol eval`"
 
 
-def find_scorecards(recipe: Recipe, folder: Path | None = None) -> list[Scorecard]:
+def scores_of(run: Run) -> Path:
+    """The folder of a run's scorecards: a scaled-down recipe's stay in the run."""
+    if run.recipe.scale != 1:
+        return run.folder / "eval" / "scores"
+    return find_root() / "eval" / "scores" / run.recipe.name
+
+
+def find_scorecards(recipe: Recipe, path: Path | None = None) -> list[Scorecard]:
     """All scorecards of a recipe.
 
     Args:
-        folder: eval/scores/<recipe> of the repository if none.
+        path: a folder, or a scorecard; eval/scores/<recipe> of the repository if none.
 
     Raises:
         UserError: there are none, or one of them is damaged or was edited.
     """
-    folder = folder or find_root() / "eval" / "scores" / recipe.name
-    cards = scorecards(folder)
+    path = path or find_root() / "eval" / "scores" / recipe.name
+    cards = scorecards(path)
     if not cards:
-        raise UserError("there are no scorecards", "evaluate the stage's last checkpoint with `smol eval`", folder)
+        raise UserError("there are no scorecards", "evaluate the stage's last checkpoint with `smol eval`", path)
     return cards
 
 
@@ -63,7 +70,8 @@ def choose(
 ) -> tuple[list[Scorecard], list[str]]:
     """The scorecards of the stage and, if there is one, of the stage before it; and what to say about them.
 
-    Of several of one stage the one at the latest step counts, then the one with the most of the policy's benchmarks.
+    Of several of one stage the one at the latest step counts, then one of the first stage's suite, then the one with
+    the most of the policy's benchmarks, then of items asked.
 
     Raises:
         UserError: a scorecard of another recipe, or none of the stage.
@@ -72,11 +80,13 @@ def choose(
         if card.recipe != recipe.name:
             found = f"the scorecard {card.name} is of {card.recipe}, not of {recipe.name}"
             raise UserError(found, f"name scorecards of {recipe.name}")
-    used, told = [], []
+    used: list[Scorecard] = []
+    told: list[str] = []
     for stage in [now, *([before] if before else [])]:
         of_stage = [card for card in cards if card.stage == stage.name]
         if of_stage:
-            best = max(of_stage, key=lambda card: _rank(card, policy))
+            alike = {card.suite for card in used}
+            best = max(of_stage, key=lambda card: (card.step, card.suite in alike, *_rank(card, policy)))
             used.append(best)
             if best.step != stage.end_step:
                 told.append(f"{best.name} is not of {stage.name}'s last step, which is {stage.end_step:,}")
@@ -90,8 +100,8 @@ def choose(
 
 
 def _rank(card: Scorecard, policy: Policy) -> tuple[int, int, str]:
-    covered = sum(name in card.benchmarks for name in policy.benchmarks)
-    return card.step, covered, card.date
+    covered = [card.benchmarks[name] for name in policy.benchmarks if name in card.benchmarks]
+    return len(covered), sum(result.score.items for result in covered), card.date
 
 
 def check_cards(cards: Sequence[Scorecard], policy: Policy, task_file: str | None) -> None:
@@ -154,7 +164,7 @@ def _limit(card: Scorecard, name: str, goal: Goal) -> None:
             f"{card.name}: {name} is {far:.3g} from its target with a standard error of {score.stderr:.3g}, because "
             f"only {score.items:,} items were asked"
         )
-        raise UserError(found, f"ask {needed:,} or more, or all of them")
+        raise UserError(found, f"ask {needed:,} or more (`smol eval --limit`), or all of them")
 
 
 def items_needed(score: Score, far: float) -> int:

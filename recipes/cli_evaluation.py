@@ -54,7 +54,7 @@ def eval_(
     """
     from eval import harness
     from eval.suite import load_suite
-    from eval.sweep import checkpoints_of, picture, scores_table
+    from eval.sweep import checkpoints_of, picture, scores_tables
     from recipes.show import wide_console
 
     if every not in ("stage", "checkpoint"):
@@ -62,24 +62,27 @@ def eval_(
     chosen = load_suite(suite) if limit is None else harness.with_limit(load_suite(suite), limit)
     options = harness.Options(data_root, allow_code, harness.devices(jobs), batch_size, scores)
     subjects = [harness.subject_of(path) for path in checkpoints_of(targets, every)]
-    console, cards, crashed = wide_console(), [], False
+    console, cards, written, crashed = wide_console(), [], [], False
     for subject in subjects:
         try:
             if card := harness.evaluate(subject, chosen, options, console, only or ()):
                 cards.append(card)
+                written.append(harness.scorecard_path(subject, chosen.name, options))
         except harness.Incomplete as error:
             Console(stderr=True, soft_wrap=True).print("[red]incomplete:[/]", escape(f"{subject.name}: {error}"))
             crashed = True
-    if cards:
-        console.print(scores_table(cards))
-    if len(cards) > 1:
+    for table in scores_tables(cards, width=console.width):
+        console.print(table)
+    for path in written:
+        print(path)
+    if len({card.tokens for card in cards}) > 1:
         print(picture(cards, harness.scores_folder(subjects[0], options) / f"{chosen.name}.png"))
     raise typer.Exit(1 if crashed else 0)
 
 
 def scores(
     of: Annotated[
-        list[str] | None, typer.Argument(help="Recipes, or scorecards' files or folders; none: published.")
+        list[str] | None, typer.Argument(help="Recipes, runs, scorecards or folders of them; none: published.")
     ] = None,
     suite: Annotated[str | None, typer.Option(help="Only this suite's scorecards.")] = None,
 ) -> None:
@@ -87,25 +90,21 @@ def scores(
 
     Example: smol scores smollm2-1.7b
     """
-    from eval.scorecard import Scorecard, scorecards
-    from eval.sweep import published_beside, scores_table
-    from recipes.loader import find_root
+    from eval.sweep import published_beside, scorecards_of, scores_tables
     from recipes.show import wide_console
 
-    cards = []
-    for name in of or ():
-        path = next((p for p in (Path(name), find_root() / "eval" / "scores" / name) if p.exists()), Path(name))
-        cards += scorecards(path) if path.is_dir() else [Scorecard.load(path)]
-        if not cards:
-            raise UserError("no scorecards here", "evaluate a checkpoint with `smol eval`", path)
-    cards = [card for card in cards if suite in (None, card.suite)]
-    wide_console().print(scores_table(cards, published_beside(cards)))
+    console, found = wide_console(), [card for name in of or () for card in scorecards_of(name)]
+    cards = [card for card in found if suite in (None, card.suite)]
+    if found and not cards:
+        raise UserError(f"no scorecard is of the suite '{suite}'", f"name one of {', '.join({c.suite for c in found})}")
+    for table in scores_tables(cards, published_beside(cards), console.width):
+        console.print(table)
 
 
 def propose(
     recipe: Annotated[str, typer.Argument(help="A recipe, or a run's folder or name.")] = "smollm2-1.7b",
     after: Annotated[str | None, typer.Option(help="The stage that has been trained and evaluated.")] = None,
-    scores: Annotated[Path | None, typer.Option(help="Folder of the scorecards.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Folder of the scorecards, or one of them.")] = None,
     policy: Annotated[Path | None, typer.Option(help="Another policy than eval/policy.yaml.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the proposal; proposals/ if left out.")] = None,
     backtest: Annotated[bool, typer.Option("--backtest", help="Replay the policy on the published scores.")] = False,
@@ -119,6 +118,7 @@ def propose(
     from eval.backtest import show_backtest
     from eval.benchmarks import task_file_hash
     from eval.feedback import POLICY, load_policy
+    from eval.soundness import scores_of
     from recipes.diff_show import mixture_diff_markdown
     from recipes.loader import find_root, load
     from recipes.run import RUN_FILE, Run, runs_folder
@@ -132,12 +132,9 @@ def propose(
         show_backtest(replay(loaded, rules), console)
         return
     if after is None:
-        raise UserError(
-            "--after is missing", f"name the stage that was trained: {', '.join(s.name for s in loaded.stages)}"
-        )
-    if scores is None and run is not None and loaded.scale != 1:
-        scores = run.folder / "eval" / "scores"
-    cards = proposal.find_scorecards(loaded, scores)
+        names = ", ".join(stage.name for stage in loaded.stages[:-1])
+        raise UserError("--after is missing", f"name the stage that was trained: {names}")
+    cards = proposal.find_scorecards(loaded, scores or (scores_of(run) if run else None))
     runs = [run.folder] if run else [p for p in runs_folder().glob("*") if (p / RUN_FILE).is_file()]
     made = proposal.propose(loaded, after, cards, rules, task_file=task_file_hash(), runs=runs)
     target = out or (run.folder if run else find_root()) / "proposals"

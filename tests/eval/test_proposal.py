@@ -121,6 +121,15 @@ def test_the_card_of_the_last_step_counts_and_another_is_said() -> None:
 def test_the_card_of_the_fuller_suite_counts() -> None:
     quick = replace(CARDS[1], suite="quick", benchmarks={"math": CARDS[1].benchmarks["math"]}, date="2027")
     assert proposed(cards=[quick, *CARDS]).cards[0] == CARDS[1]
+    fewer = {n: replace(r, scores={m: replace(s, items=20) for m, s in r.scores.items()})
+             for n, r in CARDS[1].benchmarks.items()}  # fmt: skip
+    later = replace(quick, benchmarks=fewer)
+    assert proposed(cards=[later, *CARDS]).cards[0] == CARDS[1], "a coarser one, although it is newer"
+
+
+def test_the_stage_before_is_read_in_the_same_suite() -> None:
+    final = replace(CARDS[0], suite="final-base", date="2027")
+    assert proposed(cards=[final, *CARDS]).cards == (CARDS[1], CARDS[0])
 
 
 def test_without_the_stage_before_two_rules_are_left_out_and_that_is_said() -> None:
@@ -188,6 +197,7 @@ def test_a_limit_that_hides_the_deficit_is_refused_with_the_items_it_takes() -> 
     assert proposed(cards=limited(60.4, 3.4, 200))  # 6 is more than 3.4
     assert proposed(cards=limited(66.3, 3.4, 200))  # not even all 10,042 would tell 0.1
     assert items_needed(Score(0, 3.4, 200), 2) == 578
+    assert "--limit" in text
 
 
 def test_a_stage_that_has_been_trained_is_refused(tiny_run: Run) -> None:

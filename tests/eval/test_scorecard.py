@@ -27,6 +27,7 @@ def test_a_scorecard_comes_back_as_it_was(tmp_path: Path) -> None:
     replace(CARD, stage="stage1", step=7).save(tmp_path / "stage1-7.json")
     assert Scorecard.load(tmp_path / "stage2-3814697.json") == CARD
     assert [card.stage for card in scorecards(tmp_path)] == ["stage1", "stage2"]
+    assert scorecards(tmp_path / "stage2-3814697.json") == [CARD]
     assert CARD.benchmarks["mmlu-mc"].score == Score(30.5, 1.2, 400)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from eval.scorecard import Result, Score, Scorecard
-from eval.sweep import checkpoints_of, picture, published_beside, scores_table
+from eval.sweep import checkpoints_of, draw_scores, picture, published_beside, scorecards_of, scores_tables
 from recipes.errors import UserError
 from recipes.run import Run
 
@@ -29,9 +31,10 @@ CARDS = [
 ]
 
 
-def text(*arguments: object) -> str:
-    console = Console(width=140, record=True)
-    console.print(scores_table(*arguments))  # type: ignore[arg-type]
+def text(*arguments: object, width: int = 140) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    for table in scores_tables(*arguments, width=width):  # type: ignore[arg-type]
+        console.print(table)
     return console.export_text()
 
 
@@ -41,14 +44,39 @@ def line(shown: str, name: str) -> str:
 
 def test_changes_above_two_standard_errors_are_marked() -> None:
     shown = text(CARDS)
-    assert "38.00 ±0.40 ▲" in line(shown, "mmlu-mc")
-    assert "70.00 ±1.00 ▼" in line(shown, "piqa")
+    assert "▲ 38.00 ±0.40" in line(shown, "mmlu-mc")
+    assert "▼ 70.00 ±1.00" in line(shown, "piqa")
     assert "▲" not in line(shown, "gsm8k") and "▼" not in line(shown, "gsm8k")
+    assert "moved by more than 2 standard errors" in " ".join(shown.split())
 
 
 def test_a_benchmark_that_one_card_lacks_leaves_a_gap() -> None:
     fewer = replace(CARDS[1], benchmarks={"mmlu-mc": CARDS[1].benchmarks["mmlu-mc"]})
     assert "76.00" in line(text([CARDS[0], fewer]), "piqa")
+    assert "▼ 70.00" in line(text([CARDS[0], fewer, CARDS[1]]), "piqa"), "against the newest that has it"
+
+
+@pytest.mark.parametrize("change", [{"recipe": "other"}, {"suite": "quick"}])
+def test_what_cannot_be_compared_is_not_marked_and_is_told_apart(change: dict[str, str]) -> None:
+    shown = text([CARDS[0], replace(CARDS[1], **change)])  # type: ignore[arg-type]
+    assert not re.search("[▲▼] [0-9]", shown)
+    heads = shown[shown.index("errors") : shown.index("metric")].split()
+    assert next(iter(change.values())) in heads and len(heads) == 6, "errors, both recipes or suites, both stages, 6T"
+    other = replace(CARDS[1].benchmarks["piqa"], metric="acc_norm", scores={"acc_norm": Score(70, 1, 100)})
+    assert "▼" not in line(text([CARDS[0], replace(CARDS[1], benchmarks={"piqa": other})]), "piqa")
+
+
+def test_many_checkpoints_take_several_tables_of_a_hundred_columns_and_nothing_is_cut() -> None:
+    cards = [replace(CARDS[i % 2], step=i, tokens=i * 10**12) for i in range(1, 10)]
+    shown = text(cards, published_beside(cards), width=100)
+    assert max(len(part.rstrip()) for part in shown.splitlines()) <= 100 and "…" not in shown
+    assert sum(part.count("76.00 ±1.00") for part in shown.splitlines()) == 4
+    assert sum(part.count("▼ 70.00") for part in shown.splitlines()) == 4, "also against the table before"
+    assert [part.split(";")[0].strip() for part in shown.splitlines() if part.startswith(("smollm2", "published"))] == [
+        "smollm2-1.7b: between-stages", "smollm2-1.7b: between-stages", "published",
+    ]  # fmt: skip
+    beside = text(CARDS[:1], published_beside(CARDS), width=100)
+    assert "published" not in beside and "Qwen2.5" in beside, "one checkpoint and all publications, side by side"
 
 
 def test_published_scores_stand_beside() -> None:
@@ -61,6 +89,26 @@ def test_published_scores_stand_beside() -> None:
 def test_a_picture_is_written(tmp_path: Path) -> None:
     path = picture(CARDS, tmp_path / "scores.png")
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_each_recipe_has_a_line_of_its_own() -> None:
+    figure = draw_scores([*CARDS, replace(CARDS[0], recipe="other")])
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines if line.get_marker() == "o"] == [2, 1]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["smollm2-1.7b", "other"]
+    assert not draw_scores(CARDS).legends
+
+
+def test_scorecards_are_found_by_recipe_run_folder_and_file(
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_run.recipe.root)
+    monkeypatch.setattr("eval.sweep.find_root", lambda: tmp_path)
+    for where in (tmp_path / "eval/scores/smollm2-1.7b", tiny_run.folder / "eval/scores"):
+        CARDS[0].save(where / "stage1-100.json")
+        for name in (where, where / "stage1-100.json", {"eval": tiny_run.folder}.get(where.parent.name, where.name)):
+            assert scorecards_of(str(name)) == CARDS[:1]
+    with pytest.raises(UserError, match="eval/scores/smollm2-360m: there are no scorecards"):
+        scorecards_of("smollm2-360m")
 
 
 def _commit(run: Run, stage: str, *steps: int) -> None:
