@@ -54,8 +54,10 @@ def test_without_gpu_and_flash_attn_both_are_replaced_and_nothing_is_left_behind
     print_all = """
 import recipes.engine.compat as compat, sys, torch, numpy
 import nanotron.trainer, nanotron.models.llama as llama
+assert not {"datasets", "transformers", "pandas"} & set(sys.modules)
 assert llama.flash_attn_varlen_func is compat.flash_attn_varlen_func
 assert torch.ones(2, device="cuda").device.type == "cpu" and torch.ones(2).to(torch.device("cuda")).device.type == "cpu"
+import datasets
 from transformers import LlamaForCausalLM, LlamaConfig
 LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
 print(compat.replaced, [m for m in sys.modules if m.startswith("flash_attn")], (numpy.int64(256), 2))
