@@ -12,6 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     root = Path.cwd()
     try:
-        diff = compare(options.base, None, root)
+        diff = replace(compare(options.base, None, root), before=base_name(options.base), after="this change")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,6 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {found}", file=sys.stderr)
     print(post(shortened(text), os.environ))
     return 2 if errors else 0
+
+
+def base_name(revision: str) -> str:
+    """The branch that the pull request goes to, or the revision outside of one."""
+    return os.environ.get("GITHUB_BASE_REF") or revision
 
 
 def lint_errors(root: Path) -> list[str]:

@@ -235,7 +235,8 @@ def _repetition_warnings(policy: Policy, s: Situation, plan: Plan, stage: str) -
     uses, families = plan.stage(stage).sources, plan.stage(stage).families
     for use in uses:
         if use.epochs_run is not None and use.epochs_run > most:
-            yield f"{use.name} would come to {use.epochs_run:.2f} epochs, above {most:g}: the split inside {use.domain}"
+            why = f"the cap holds for all of {use.domain}, whose split is {stage}'s own"
+            yield f"{use.name} would come to {use.epochs_run:.2f} epochs, above {most:g}: {why}"
     for family in families:
         alone = max(use.epochs_run or 0 for use in uses if use.name in family.sources)
         if family.epochs_run > max(most, alone):
@@ -250,7 +251,7 @@ def write(proposal: Proposal, folder: Path, diff_markdown: str = "") -> tuple[Pa
     """Writes `<folder>/<stage>.yaml`, a valid mixture file, and `<stage>.md`, its reasons; returns both paths.
 
     Args:
-        diff_markdown: the diff between the stage just trained and the proposal, source by source.
+        diff_markdown: the diff between the stage's own mixture and the proposal, source by source.
     """
     mixture, reasons = folder / f"{proposal.stage}.yaml", folder / f"{proposal.stage}.md"
     write_atomic(mixture, yaml_text(proposal))

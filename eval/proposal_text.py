@@ -35,13 +35,17 @@ def card_hash(card: Scorecard) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
+def place_of(p: Proposal) -> str:
+    """The mixture file that the proposal would replace."""
+    return str(p.recipe.stage(p.stage).mixture_file.resolve().relative_to(p.recipe.root.resolve()))
+
+
 def yaml_text(p: Proposal) -> str:
     """The proposed mixture as a file, with where it comes from."""
-    target = p.recipe.stage(p.stage).mixture_file.resolve().relative_to(p.recipe.root.resolve())
     cards = ", ".join(f"{card.name} {card_hash(card)}" for card in p.cards)
     lines = [
         f"# Proposed for {p.recipe.name} {p.stage} from the scores after {p.after}, to be approved by a person,",
-        f"# who puts it in the place of {target}. Reasons: {p.stage}.md.",
+        f"# who puts it in the place of {place_of(p)}. Reasons: {p.stage}.md.",
         f"# scorecards: {cards}",
         f"# policy: {p.policy.digest}",
         "domains:",
@@ -68,11 +72,13 @@ def markdown(p: Proposal, diff_markdown: str = "") -> str:
     ]  # fmt: skip
     sections = [
         f"# {p.recipe.name}: proposed mixture of {p.stage}",
-        f"From the scores after {p.after}. A proposal: a person approves it.",
+        f"From the scores after {p.after}. A person approves it, and puts `{p.stage}.yaml` in the place of "
+        f"`{place_of(p)}`.",
         _markdown_table(DOMAIN_HEAD, [domain_row(d, p) for d in p.domains], words=1),
         f"Total variation {100 * p.tv:.1f} points of at most {100 * p.tau:.0f}; η = {p.advice.eta:.3g} of at most "
         f"{p.policy.eta:g}. `before` is {p.after}'s mixture; {p.stage} has {amount(p.tokens)} tokens.",
-        *(["## Diff", diff_markdown.strip()] if diff_markdown else []),
+        *(["## Diff", f"Against `{place_of(p)}` as it is, not against {p.after} as above.", diff_markdown.strip()]
+          if diff_markdown else []),
         "## Scores that pulled",
         _markdown_table(SCORE_HEAD, [score_row(e) for e in p.advice.evidence], words=2),
         "deficit: the part of the way from chance to the target that is missing, 0 below "
@@ -125,12 +131,13 @@ def bound_text(d: DomainLine, p: Proposal) -> str:
     texts = {
         "none": "nothing: the scores alone",
         "floor": f"floor: it started from {p.policy.floor:.0%}",
-        "step (τ)": f"step: all together may move {p.tau:.0%} at most, which took η down to {p.advice.eta:.3g}",
+        "step (τ)": f"step: before the caps all together may move {p.tau:.0%} at most, which took η down to "
+                    f"{p.advice.eta:.3g}",
         "regression": f"regression: half the step, because {', '.join(p.advice.regressed)} fell",
         "stall": "stall: a source of it was raised before without effect, and is not raised again",
         "cap": f"cap: at {p.policy.repetition.epochs:g} epochs over the run there are left {room or 'no sources'}",
         "overflow": f"overflow: took {100 * p.advice.overflow:.1f} points that other domains' limits left over",
-    }
+    }  # fmt: skip
     return texts.get(d.bound_by, d.bound_by)
 
 

@@ -155,6 +155,8 @@ def diff(
 ) -> None:
     """Show what a change of mixtures means: shares, tokens, epochs, later stages, limits.
 
+    Exit code 0, whatever differs; 2: a recipe of B cannot be read, the others are shown.
+
     Example: smol diff main;   smol diff smollm2-1.7b:stage2 proposals/stage3.yaml
     """
     from recipes.diff_show import show_diff, to_markdown
@@ -168,6 +170,7 @@ def diff(
         print(to_markdown(found))
     else:
         show_diff(found, wide_console())
+    raise typer.Exit(2 if any(problem.side == "after" for problem in found.problems) else 0)
 
 
 VERBS = (convert, eval_, scores, propose, diff)

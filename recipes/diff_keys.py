@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from recipes.recipe import Recipe, Stage, Strict
+from recipes.recipe import Recipe, Source, Stage, Strict
 from recipes.show import amount
 
 
@@ -33,7 +33,7 @@ _NOT_DATA = re.compile(
 def changes_between(before: Recipe, after: Recipe) -> Iterator[Change]:
     """Every other key with another value; a stage's only where the recipe's own did not change alike."""
     names = _read(before) | _read(after)
-    was, now = _figures(before, names), _figures(after, names)
+    was, now = _figures(before, after, names), _figures(after, before, names)
     own = [(key, was.get(key, "–"), now.get(key, "–")) for key in {**was, **now} if was.get(key) != now.get(key)]
     for change in own:
         yield Change(*change, data=not _NOT_DATA.match(change[0]))
@@ -55,11 +55,17 @@ def _read(recipe: Recipe) -> set[str]:
     return read | {name for name, source in recipe.sources.items() if source.family in families}
 
 
-def _figures(recipe: Recipe, sources: Iterable[str]) -> dict[str, str]:
+def _figures(recipe: Recipe, other: Recipe, sources: set[str]) -> dict[str, str]:
     raw: dict[str, Any] = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in _ELSEWHERE}
     raw |= {key: ", ".join(stage.name for stage in getattr(recipe, key)) for key in ("stages", "branches")}
-    raw["sources"] = {name: recipe.sources[name] for name in sorted(sources) if name in recipe.sources}
+    listed = {name: recipe.sources[name] for name in sorted(sources & set(recipe.sources))}
+    raw["sources"] = {name: source if name in other.sources else _described(source) for name, source in listed.items()}
     return {key: _text(value) for key, value in _flat(raw)}
+
+
+def _described(source: Source) -> str:
+    """A source that one side alone has, in one line."""
+    return ", ".join(f"{key} {_text(value)}" for key, value in _flat(source) if value is not None)
 
 
 def _stage_changes(before: Recipe, after: Recipe, was: Stage, now: Stage) -> dict[str, tuple[str, str]]:

@@ -55,7 +55,7 @@ def _data(recipe: RecipeDiff) -> str:
     if not recipe.changes_data:
         return NO_CHANGE
     parts = [_moved(stage) for stage in recipe.stages]
-    if later := ", ".join(dict.fromkeys(k.stage for k in recipe.knock_on)):
+    if later := ", ".join(dict.fromkeys(k.stage for k in _seen(recipe.knock_on))):
         parts.append(f"knock-on in {later}")
     return ", ".join(parts) or "the data changes"
 
@@ -146,7 +146,7 @@ def show_diff(diff: Diff, console: Console) -> None:
         for stage in recipe.stages:
             console.print(_domains(recipe, stage))
             console.print(_sources(stage))
-        if recipe.knock_on:
+        if _seen(recipe.knock_on):
             console.print(_knock_on(recipe))
         for colour, text in _lines(recipe):
             _say(console, colour, f"{recipe.name}: {text}")
@@ -250,14 +250,20 @@ def _aligned(rows: Sequence[Sequence[Pair]]) -> list[list[str]]:
     return [[cell(pair, width) for pair, width in zip(row, widths, strict=True)] for row in rows]
 
 
+def _seen(knock_on: Sequence[KnockOn]) -> list[KnockOn]:
+    """Those whose figures differ as they are shown."""
+    return [k for k in knock_on if any(before != after for before, after in _knock_on_pairs(k))]
+
+
 def _knock_on(recipe: RecipeDiff) -> Table:
     table = Table(
         title=f"{recipe.name}: knock-on in later stages", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
     )
     for i, name in enumerate(("stage", "source", "starts at token", "epochs so far")):
         table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
-    cells = _aligned([_knock_on_pairs(k) for k in recipe.knock_on])
-    for k, (starts, so_far) in zip(recipe.knock_on, cells, strict=True):
+    seen = _seen(recipe.knock_on)
+    cells = _aligned([_knock_on_pairs(k) for k in seen])
+    for k, (starts, so_far) in zip(seen, cells, strict=True):
         what = Text(k.name if k.kind == "source" else f"family {k.name}")
         table.add_row(Text(k.stage), what, starts, Text(so_far, "yellow" if "!" in so_far else ""))
     return table
@@ -278,7 +284,7 @@ def to_markdown(diff: Diff) -> str:
     for recipe in diff.recipes:
         for stage in recipe.stages:
             blocks += [f"#### {_safe(_title(recipe, stage))}", _stage_markdown(stage)]
-        if recipe.knock_on:
+        if _seen(recipe.knock_on):
             blocks += [f"Knock-on in later stages of {_safe(recipe.name)}:", _knock_on_markdown(recipe)]
         marks = {"red": "❌ ", "yellow": "⚠️ ", "green": "✅ "}
         if lines := [f"- {marks.get(colour, '')}{_safe(text)}" for colour, text in _lines(recipe)]:
@@ -325,7 +331,7 @@ def _stage_markdown(stage: StageDiff) -> str:
 def _knock_on_markdown(recipe: RecipeDiff) -> str:
     rows = [
         [_safe(k.stage), _safe(k.name if k.kind == "source" else f"family {k.name}"), *map(_arrow, _knock_on_pairs(k))]
-        for k in recipe.knock_on
+        for k in _seen(recipe.knock_on)
     ]
     return _table(("stage", "source", "starts at token", "epochs so far"), rows, words=2)
 

@@ -161,12 +161,12 @@ def _side(word: str, root: Path) -> _Side:
 
 
 def _filled(side: _Side, other: _Side, root: Path, recipe: str | None) -> _Side:
-    """A file's recipe and stage from the other side, else from `recipe` and the file's name."""
+    """A file's recipe from the other side, else `recipe`; its stage by the file's name, else from the other side."""
     if side.path is None:
         return side
     whose = other.recipe or (load(recipe, root) if recipe else None)
     if whose is None:
         return side
     stages = {stage.name for stage in whose.stages + whose.branches}
-    guesses = [other.stage, side.path.stem, other.path.stem if other.path else None]
+    guesses = [side.path.stem, other.stage, other.path.stem if other.path else None]
     return replace(side, recipe=whose, stage=next((guess for guess in guesses if guess in stages), None))

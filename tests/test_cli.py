@@ -23,6 +23,11 @@ VERBS = [
     ["rehearse"],
     ["bench"],
     ["bench", "data"],
+    ["convert"],
+    ["eval"],
+    ["scores"],
+    ["propose"],
+    ["diff"],
 ]
 
 

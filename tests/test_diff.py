@@ -16,7 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from typer.testing import CliRunner
 
+from recipes.cli import app
 from recipes.data.interleave import Interleave
 from recipes.diff import Diff, KnockOn, Line, RecipeDiff, StageDiff, Use, diff_mixtures, diff_recipes, worth
 from recipes.diff_show import mixture_diff_markdown, show_diff, summary, to_markdown
@@ -313,6 +315,29 @@ def test_a_stage_end_and_a_sources_size_change_tokens_and_epochs(repo: Path) -> 
     assert "stage1 other epochs" in summary(Diff("a", "b", (found["smollm2-360m"],)))
 
 
+def test_a_source_that_one_side_alone_has_is_one_line(repo: Path) -> None:
+    registry = repo / "mixtures/sources.yaml"
+    registry.write_text(
+        registry.read_text() + "  mine:\n    domain: web\n    hub: a/b\n    text: text\n    tokens: 50B\n"
+    )
+    edit(repo / STAGE2, ("fineweb-edu: 0.60", "fineweb-edu: 0.50\n      mine: 0.10"))
+    [change] = compare("main", root=repo).recipes[0].changes
+    assert (change.key, change.before, change.data) == ("sources.mine", "–", True)
+    assert change.after == "domain web, hub a/b, text text, tokens 50,000,000,000"
+    commit(repo)
+    [back] = compare("HEAD", "HEAD~1", repo).recipes[0].changes
+    assert (back.before, back.after) == (change.after, change.before)
+
+
+def test_what_follows_invisibly_in_later_stages_is_left_out(repo: Path) -> None:
+    edit(repo / STAGE3, ("0.74", "0.739"), ("share: 0.10", "share: 0.101"))
+    diff = compare("main", root=repo)
+    families = [k.name for k in diff.recipes[0].knock_on if k.kind == "family" and k.stage == "long-context"]
+    rows = [row for row in to_markdown(diff).splitlines() if "long-context | family" in row]
+    assert len(rows) < len(families) and all("→" in row for row in rows)
+    assert "family dclm" not in shown(diff)
+
+
 # ---------------------------------------------------------------- revisions
 
 
@@ -361,10 +386,13 @@ def test_a_broken_recipe_is_named_with_its_side_and_revision(repo: Path, side: s
     assert f"{side}: HEAD:{STAGE2}:2" in shown(diff) and problem.text in to_markdown(diff)
 
 
-def test_a_missing_file_of_a_revision_shows_no_temporary_folder(repo: Path) -> None:
+def test_a_missing_file_of_a_revision_shows_no_temporary_folder(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (repo / STAGE2).unlink()
     commit(repo)
     [problem] = compare("HEAD~1", "HEAD", repo).problems
+    monkeypatch.chdir(repo)
+    codes = [CliRunner().invoke(app, ["diff", *words]).exit_code for words in (("HEAD~1", "HEAD"), ("HEAD", "HEAD~1"))]
+    assert codes == [2, 0], "what is wrong after the change is an error, what it mends is none"
     assert problem.text.startswith(f"HEAD:{STAGE2}: there is no such file. HEAD:mixtures/smollm2-1.7b holds:")
 
 
@@ -420,6 +448,8 @@ def test_a_proposal_stands_in_its_stages_place(tree: Path, tmp_path: Path) -> No
     by_stage = compare("smollm2-1.7b:stage3", str(proposal), tree).recipes
     assert by_stage and {k.stage for k in by_stage[0].knock_on} == {"stage4", "long-context"}
     assert by_stage == compare(str(tree / STAGE3), str(proposal), tree).recipes
+    between = compare("smollm2-1.7b:stage2", str(proposal), tree)
+    assert between.recipes[0].stages[0].after == "stage3", "the file's name says whose it is"
     renamed = proposal.rename(proposal.with_name("other.yaml"))
     assert by_stage == compare("smollm2-1.7b:stage3", str(renamed), tree).recipes
     back = compare(str(renamed), "smollm2-1.7b:stage3", tree).recipes

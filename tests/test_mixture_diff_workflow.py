@@ -58,21 +58,24 @@ def repo(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     git(tree, "add", "-A")
     git(tree, "commit", "-qm", "one")
     monkeypatch.chdir(tree)
-    for name in ("GITHUB_TOKEN", "PULL_REQUEST", "GITHUB_STEP_SUMMARY", "GITHUB_API_URL"):
+    for name in ("GITHUB_TOKEN", "PULL_REQUEST", "GITHUB_STEP_SUMMARY", "GITHUB_API_URL", "GITHUB_BASE_REF"):
         monkeypatch.delenv(name, raising=False)
     return tree
 
 
 def test_the_script_as_the_runner_starts_it(repo: Path) -> None:
     pull_request(repo, STAGE2, ("0.75", "0.70"), ("0.05", "0.10"))
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "GITHUB_STEP_SUMMARY": str(repo / "summary.md")}
+    environment = {
+        "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "GITHUB_STEP_SUMMARY": str(repo / "summary.md"),
+        "GITHUB_BASE_REF": "release`s",
+    }  # fmt: skip
     command = [sys.executable, str(SCRIPT), "--base", "HEAD^1"]
     done = subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     text = (repo / "mixture-diff.md").read_text()
     assert text == (repo / "summary.md").read_text()
     assert text.startswith(
-        "<!-- mixture-diff -->\n### What this changes in the data\n\n`HEAD^1` → `working tree`: **smoll"
+        "<!-- mixture-diff -->\n### What this changes in the data\n\n`release's` → `this change`: **smoll"
     )
     assert "| open-web-math | 5.00 → 10.00 | +5.00 | 100B → 200B | 8.33 → 16.7 | 8.33! → 16.7! | 82 → 65 |" in text
     assert "smollm2-135m" not in text, "what main did meanwhile is not the pull request's"

@@ -246,7 +246,9 @@ def test_the_file_is_a_valid_mixture_and_says_where_it_is_from(tmp_path: Path, a
     assert "to be approved by a person" in text
     assert POLICY.digest in text
     assert POLICY.digest in why
-    assert "## Diff\n\n| the | diff |\n" in why
+    assert (
+        f"`mixtures/smollm2-1.7b/{found.stage}.yaml` as it is, not against {after} as above.\n\n| the | diff |\n" in why
+    )
 
 
 def test_the_reasons_hold_scores_rules_and_what_was_not_moved(tmp_path: Path) -> None:
@@ -260,7 +262,7 @@ def test_the_reasons_hold_scores_rules_and_what_was_not_moved(tmp_path: Path) ->
         "- starcoderdata: was raised, and its benchmarks did not gain (humaneval z -0.5); the next stage has none of it"
         in why
     )
-    assert "- open-web-math would come to 11.33 epochs, above 4.5: the split inside math" in why
+    assert "- open-web-math would come to 11.33 epochs, above 4.5: the cap holds for all of math" in why
     assert "- code: size not known of jupyter: the cap counts the others" in why
     assert "## Diff" not in why
     assert "the family infimm-webmath would come to 6.28 epochs" in write(proposed("stage3"), tmp_path)[1].read_text()
