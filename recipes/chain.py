@@ -127,7 +127,9 @@ def _before(stage: StagePlan, main: list[str]) -> tuple[Kind, str] | None:
     return ("propose", main[number - 1]) if number else None
 
 
-def draw_tree(title: str, chain: Sequence[Link], plan: Plan, cluster: Cluster, notes: dict[str, str]) -> Tree:
+def draw_tree(
+    run: str, title: str, chain: Sequence[Link], plan: Plan, cluster: Cluster, notes: dict[str, str]
+) -> Tree:  # fmt: skip
     """The chain as a tree; `notes` are what to add to a link's line, by its name in Slurm."""
     tree = Tree(f"[bold]{title}[/]")
     branches: dict[str, Tree] = {}
@@ -137,14 +139,15 @@ def draw_tree(title: str, chain: Sequence[Link], plan: Plan, cluster: Cluster, n
             span = f"{amount(stage.tokens)} tokens, steps {stage.start_step:,} to {stage.end_step:,}"
             branches[link.stage] = tree.add(f"[bold]{link.stage}[/]  {span}")
             if link.gate:
-                branches[link.stage].add(f"[yellow]gate[/]     held until smol approve … {link.stage}")
+                held = f"held until smol approve {run} {link.stage}{_after(link)}"
+                branches[link.stage].add(f"[yellow]gate[/]     {held}")
         note = f"  [green]{notes[link.name]}[/]" if link.name in notes else ""
         branches[link.stage].add(f"[cyan]{link.kind:<8}[/] {_describe(link, stage, plan, cluster)}{note}")
     return tree
 
 
 def _describe(link: Link, stage: StagePlan, plan: Plan, cluster: Cluster) -> str:
-    after = f", after {link.after[1]}'s {link.after[0]}" if link.after else ""
+    after = "" if link.gate else _after(link)
     limit = hours(link.minutes)
     if link.kind == "train":
         size = f"{link.nodes} × {cluster.gpus_per_node} GPUs" if link.nodes > 1 else f"{link.gpus} GPUs"
@@ -154,6 +157,10 @@ def _describe(link: Link, stage: StagePlan, plan: Plan, cluster: Cluster) -> str
         where = f"{link.gpus} GPU" + "s" * (link.gpus > 1) if link.gpus else "CPU"
         return f"{link.tasks} × {where}, at most {limit} each{after}"
     return f"1 job, CPU, at most {limit}{after}"
+
+
+def _after(link: Link) -> str:
+    return f", after {link.after[1]}'s {link.after[0]}" if link.after else ""
 
 
 def _days(hours_planned: float) -> str:

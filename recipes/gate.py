@@ -61,9 +61,9 @@ def approve(
     chosen = choose(run, stage, mixture, proposal, use_proposal, keep)
     if _text(chosen) != _text(run.recipe.stage(stage).mixture_file):
         run = run.adopt(stage, chosen)
-    approval = record(run, stage, who or user(), proposal)
+    made = record(run, stage, who or user(), proposal)
     released, note = release(run, stage)
-    return {**approval, "released": released, "note": note}
+    return {**made, "released": released, "note": note}
 
 
 def choose(run: Run, stage: str, mixture: Path | None, proposal: Path, use_proposal: bool, keep: bool) -> Path:
@@ -81,7 +81,7 @@ def choose(run: Run, stage: str, mixture: Path | None, proposal: Path, use_propo
             fix = f"wait for the proposal, or approve the run's own mixture: smol approve {run.folder.name} {stage}"
             raise UserError(f"there is no proposal for {stage}", fix, proposal)
         return proposal
-    approved = _read(run.folder, stage)
+    approved = approval(run.folder, stage)
     if keep or not proposal.is_file() or (approved and approved["hash"] == checksum(frozen)):
         return frozen
     before, after = run.recipe.stage(stage).mixture, load_mixture(proposal, sources)
@@ -110,20 +110,20 @@ def record(run: Run, stage: str, who: str, proposal: Path | None = None) -> dict
     file = run.recipe.stage(stage).mixture_file
     answered = checksum(proposal) if proposal and proposal.is_file() else None
     overridden = bool(answered and proposal) and not _same(run, file, proposal)
-    known = _read(run.folder, stage)
+    known = approval(run.folder, stage)
     if known and (known["hash"], known["proposal"], known["overridden"]) == (checksum(file), answered, overridden):
         return known
-    approval = {
+    made = {
         "stage": stage, "mixture": str(file.resolve().relative_to(run.folder.resolve())), "hash": checksum(file),
         "who": who, "when": datetime.now(timezone.utc).isoformat(timespec="seconds"), "proposal": answered,
         "overridden": overridden,
     }  # fmt: skip
-    write_atomic(_json(run.folder, stage).with_suffix(".yaml"), file.read_bytes())
-    write_json(_json(run.folder, stage), approval)
-    told = {key: approval[key] for key in ("who", "hash", "proposal", "overridden")}
-    event = {"event": "gate", "stage": stage, **told, "time": approval["when"]}
+    write_atomic(approved_text(run.folder, stage), file.read_bytes())
+    write_json(_json(run.folder, stage), made)
+    told = {key: made[key] for key in ("who", "hash", "proposal", "overridden")}
+    event = {"event": "gate", "stage": stage, **told, "time": made["when"]}
     append_line(run.folder / "events.jsonl", event, sync=True)
-    return approval
+    return made
 
 
 def release(run: Run, stage: str) -> tuple[list[int], str]:
@@ -131,12 +131,12 @@ def release(run: Run, stage: str) -> tuple[list[int], str]:
     name = job_name(run.folder.name, stage, "train")
     if not any(line.get("name") == name for line in read_lines(run.folder / "jobs.jsonl")):
         return [], f"no job of {stage} has been submitted yet: smol launch does it"
-    by_hand = f"release the job on a login node: smol approve {run.folder.name} {stage}"
+    by_hand = f"release the job on a login node, as the user whose it is: smol approve {run.folder.name} {stage}"
     try:
-        jobs = slurm.queue([name], run.folder)
+        jobs = slurm.queue([name], run.folder, everyone=True)
         held = sorted({job.id for job in jobs if job.state == "PENDING" and job.reason.startswith("JobHeld")})
         slurm.release(held)
-    except slurm.Unreachable as error:
+    except UserError as error:
         return [], f"{error.found}. The approval is recorded; {by_hand}"
     if held:
         return held, f"released {', '.join(map(str, held))}; Slurm starts it when what it depends on is done"
@@ -155,16 +155,29 @@ def check(run: Run | Path | str, stage: str) -> None:
     folder = run.folder if isinstance(run, Run) else Path(run)
     if not (folder / FROZEN).is_file():
         return
-    approval = _read(folder, stage)
-    if approval is None:
+    made = approval(folder, stage)
+    if made is None:
         fix = f"look at proposals/{stage}.md, then: smol approve {folder.name} {stage}"
         raise UserError(f"nobody has approved a mixture for {stage}", fix, folder)
-    _check_text(folder, stage, approval)
+    _check_text(folder, stage, made)
 
 
-def is_approved(run: Run, stage: str) -> bool:
-    """Whether someone has approved a mixture for the stage; `check` says whether it is still that one."""
-    return _read(run.folder, stage) is not None
+def approval(folder: Path, stage: str) -> dict[str, Any] | None:
+    """What was approved for a stage, if anything (docs/formats.md); `check` says whether that is still in the run."""
+    path = _json(folder, stage)
+    content: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return content
+
+
+def approved_text(folder: Path, stage: str) -> Path:
+    """The copy of the mixture as it was approved."""
+    return _json(folder, stage).with_suffix(".yaml")
+
+
+def changes(before: Path, after: Path, names: tuple[str, str]) -> str:
+    """Two texts' lines that differ, as `diff -u` shows them; a file that is missing is empty."""
+    old, new = (_text(path).splitlines() if path.is_file() else [] for path in (before, after))
+    return "\n".join(difflib.unified_diff(old, new, *names, lineterm="")) + "\n"
 
 
 def user() -> str:
@@ -190,26 +203,18 @@ def open_run(run: Path | str) -> Run:
     return Run.load(folder)
 
 
-def _check_text(folder: Path, stage: str, approval: dict[str, Any]) -> None:
-    file = folder / approval["mixture"]
-    if file.is_file() and checksum(file) == approval["hash"]:
+def _check_text(folder: Path, stage: str, made: dict[str, Any]) -> None:
+    file, approved = folder / made["mixture"], approved_text(folder, stage)
+    if file.is_file() and checksum(file) == made["hash"]:
         return
-    approved = _json(folder, stage).with_suffix(".yaml")
-    now = _text(file).splitlines() if file.is_file() else []
-    lines = difflib.unified_diff(_text(approved).splitlines(), now, "approved", approval["mixture"], lineterm="")
-    found = f"the mixture of {stage} was edited after {approval['who']} approved it:\n" + "\n".join(lines) + "\n"
+    lines = changes(approved, file, ("approved", made["mixture"]))
+    found = f"the mixture of {stage} was edited after {made['who']} approved it:\n{lines}"
     fix = f"put {shown(approved)} back in its place; another mixture comes in with smol approve … --mixture FILE"
     raise UserError(found, fix, file)
 
 
 def _json(folder: Path, stage: str) -> Path:
     return folder / "approvals" / f"{stage}.json"
-
-
-def _read(folder: Path, stage: str) -> dict[str, Any] | None:
-    path = _json(folder, stage)
-    content: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return content
 
 
 def _text(path: Path) -> str:

@@ -7,13 +7,15 @@ import fcntl
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from recipes import slurm
 from recipes.chain import SCRIPT, Link, cost_table, draw_tree, make_chain, stage_after
@@ -23,8 +25,11 @@ from recipes.files import append_line, read_lines, write_atomic
 from recipes.gate import job_name, record, user
 from recipes.order import Order, check_data, check_suite, find_tokenizer, prepare
 from recipes.plan import StagePlan
-from recipes.rollback import rollback
-from recipes.run import Run
+from recipes.rollback import check_step, rollback
+from recipes.run import Run, code_revision
+
+Check = Callable[[Order], None]
+"""Raises UserError for what a launch refuses."""
 
 
 def launch(
@@ -55,19 +60,24 @@ def launch(
     order = prepare(recipe_name, cluster, stages, run_name, data)
     if skip_tokens and from_step is None:
         raise UserError("--skip-tokens without --from-step", "name the step from which data is to be skipped")
+    checks: list[Check] = [
+        check_suite,
+        partial(check_data, tokenizer=tokenizer, checksums=verify_data, console=console),
+    ]
     if dry_run:
-        return show(order, tokenizer, verify_data, console)
+        return show(order, checks, from_step, skip_tokens, console)
     if not slurm.installed():
         slurm.call(["sbatch"])
     with locked(order.folder):
         order = prepare(recipe_name, cluster, stages, run_name, data)
         jobs = queued(order)
-        check_profile(order, jobs)
+        check_queue(order, jobs)
         back = from_step is not None and stage_to_go_back_in(order, jobs, from_step)
-        wanted = [link for link in order.chain if (back or not done(order, link)) and not jobs.get(link.name)]
+        wanted = [link for link in order.chain if (back or not done(order, link)) and lacking(order, link, jobs)]
         if wanted:
-            check_suite(order)
-            check_data(order, tokenizer, verify_data, console)
+            check_start(order, jobs)
+            for check in checks:
+                check(order)
             test(order, wanted)
         if back and order.run and from_step is not None:
             rollback(order.run, back, from_step, skip_tokens)
@@ -83,8 +93,8 @@ def test(order: Order, links: Sequence[Link]) -> None:
     """Raises UserError for the first script that Slurm would refuse."""
     for link, (accepted, answer) in zip(links, test_all(order, links), strict=True):
         if not accepted:
-            there = slurm.partitions()
-            wrong = order.cluster.partition and order.cluster.partition not in there
+            there, asked = slurm.partitions(), (order.cluster.partition, order.cluster.evaluation.partition)
+            wrong = [name for names in asked if names for name in names.split(",") if name not in there]
             fix = f"name one of the partitions {', '.join(there)}" if wrong else "correct the profile"
             raise UserError(f"Slurm refuses {link.stage}'s {link.kind} job: {answer}", fix, order.cluster.name)
 
@@ -101,32 +111,75 @@ def test_all(order: Order, links: Sequence[Link]) -> Iterator[tuple[bool, str]]:
 # A dry run
 
 
-def show(order: Order, tokenizer: str | None, checksums: bool, console: Console) -> int:
+def show(order: Order, checks: Sequence[Check], from_step: int | None, skip_tokens: int, console: Console) -> int:
     """Prints the scripts, the chain, its cost, and what would be refused; writes nothing."""
     show_scripts(order, console)
-    links = order.chain
-    problems, notes = [], {}
-    if slurm.installed():
-        try:
-            for link, (accepted, answer) in zip(links, test_all(order, links), strict=True):
-                notes[link.name] = "Slurm accepts it" if accepted else "[red]Slurm refuses it[/]"
-                refused = f"Slurm refuses the {link.kind} job: {answer}"
-                problems += [refused] if not accepted and refused not in problems else []
-        except slurm.Unreachable as error:
-            problems.append(str(error))
-    else:
-        console.print("no Slurm on this machine: sbatch --test-only was left out", style="yellow")
-    console.print(draw_tree(title(order), links, order.plan, order.cluster, notes))
-    console.print(cost_table(links, order.plan))
-    for check in (check_suite, lambda order: check_data(order, tokenizer, checksums, console)):
+    jobs, notes, problems = ask_slurm(order)
+    console.print(head(order), highlight=False)
+    console.print(draw_tree(order.name, title(order), order.chain, order.plan, order.cluster, notes))
+    console.print(cost_table(order.chain, order.plan))
+    first: list[Check] = [] if jobs is None and order.run else [partial(check_start, jobs=jobs or {})]
+    if from_step is not None:
+        first.append(partial(show_rollback, jobs=jobs or {}, step=from_step, skip_tokens=skip_tokens, console=console))
+    for check in (*first, *checks):
         try:
             check(order)
         except UserError as error:
             problems.append(str(error))
+    for warning in order.plan.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     for problem in problems:
         console.print(f"[red]a launch would stop here:[/] {escape(problem)}", highlight=False, soft_wrap=True)
     console.print("dry run: nothing was written or submitted")
     return 2 if problems else 0
+
+
+def ask_slurm(order: Order) -> tuple[dict[str, list[int]] | None, dict[str, str], list[str]]:
+    """The run's jobs, None where Slurm does not say; a note for each link's line; what Slurm would refuse."""
+    notes = {link.name: "done" for link in order.chain if done(order, link)}
+    if not slurm.installed():
+        return None, notes, []
+    try:
+        jobs, problems = queued(order), []
+        notes |= {name: f"{_jobs(ids)}, queued" for name, ids in jobs.items()}
+        links = [link for link in order.chain if link.name not in notes]
+        for link, (accepted, answer) in zip(links, test_all(order, links), strict=True):
+            notes[link.name] = "Slurm accepts it" if accepted else "[red]Slurm refuses it[/]"
+            refused = f"Slurm refuses the {link.kind} job: {answer}"
+            problems += [refused] if not accepted and refused not in problems else []
+        check_queue(order, jobs)
+    except UserError as error:
+        return None, notes, [str(error)]
+    return jobs, notes, problems
+
+
+def show_rollback(order: Order, jobs: dict[str, list[int]], step: int, skip_tokens: int, console: Console) -> None:
+    """Says where --from-step would go back to; raises UserError if it cannot."""
+    stage = stage_to_go_back_in(order, jobs, step)
+    assert order.run is not None
+    check_step(order.run, order.plan.stage(stage), step, skip_tokens)
+    skipped = f", and leaves out the next {skip_tokens:,} tokens" if skip_tokens else ""
+    console.print(f"a launch goes back to step {step:,} of {stage} first{skipped}", highlight=False)
+
+
+def head(order: Order) -> Table:
+    """Where the run is, with which code and data."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("run", f"{shown(order.folder)}, {'continued' if order.run else 'new'}")
+    table.add_row("data", shown(order.data))
+    table.add_row("code", code_text(order.run))
+    if not slurm.installed():
+        table.add_row("Slurm", "[yellow]not on this machine: sbatch --test-only was left out[/]")
+    return table
+
+
+def code_text(run: Run | None) -> str:
+    """The revision that jobs will run, as far as git knows it, and the run's own if that is another."""
+    now = code_revision()
+    before = run.settings["code"]["revision"] if run else now["revision"]
+    text = f"revision {str(now['revision'])[:12]}" if now["revision"] else "not in git"
+    text += ", [yellow]with changes that are not committed[/]" if now["changed"] else ""
+    return text + (f"; [yellow]the run was created with {str(before)[:12]}[/]" if before != now["revision"] else "")
 
 
 def show_scripts(order: Order, console: Console) -> None:
@@ -146,7 +199,8 @@ def show_scripts(order: Order, console: Console) -> None:
 def title(order: Order) -> str:
     """The run, its recipe and its cluster."""
     where = f"{order.cluster.name}, {order.cluster.nodes} × {order.cluster.gpus_per_node} GPUs"
-    return f"{order.name}: {order.recipe.name} on {where}"
+    name = "" if order.name == order.recipe.name else f"{order.name}: "
+    return f"{name}{order.recipe.name} on {where}"
 
 
 # What is there already
@@ -180,12 +234,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def queued(order: Order) -> dict[str, list[int]]:
-    """The run's live jobs by name, oldest first."""
+    """The run's live jobs by name, oldest first, whoever has submitted them."""
     jobs: dict[str, list[int]] = {}
-    for job in sorted(slurm.queue(every_link(order), order.folder), key=lambda job: job.id):
+    for job in sorted(slurm.queue(every_link(order), order.folder, everyone=True), key=lambda job: job.id):
         if job.live and job.id not in jobs.setdefault(job.name, []):
             jobs[job.name].append(job.id)
     return {name: ids for name, ids in jobs.items() if ids}
+
+
+def lacking(order: Order, link: Link, jobs: dict[str, list[int]]) -> int:
+    """How many of a link's jobs are to be submitted: those that a killed launch has left out, or all, or none."""
+    there = len(jobs.get(link.name, []))
+    cut_off = link.kind == "train" and not jobs.get(job_name(order.name, link.stage, "eval"))
+    return max(0, link.jobs - there) if cut_off or not there else 0
 
 
 def every_link(order: Order) -> dict[str, Link]:
@@ -244,13 +305,31 @@ def stage_to_go_back_in(order: Order, jobs: dict[str, list[int]], step: int) -> 
     return begun[-1]
 
 
-def check_profile(order: Order, jobs: dict[str, list[int]]) -> None:
-    """Raises UserError if the run's jobs that are queued were made for another profile."""
+def check_queue(order: Order, jobs: dict[str, list[int]]) -> None:
+    """Raises UserError if the run's queued jobs were made for another profile, or another run's have their names."""
     before = load_frozen(order.folder)
     if before is not None and before != order.cluster and jobs:
-        live = ", ".join(str(job) for ids in jobs.values() for job in ids)
-        found = f"the profile {order.cluster.name} is not the one that the queued jobs {live} were made for"
+        live = _jobs([job for ids in jobs.values() for job in ids])
+        found = f"the profile {order.cluster.name} is not the one that {live} of this run were made for"
         raise UserError(found, f"give the old one, or end them first: smol cancel {order.name}", order.folder)
+    for job in slurm.queue(every_link(order)):
+        if job.live and job.comment != str(order.folder.resolve()):
+            found = f"job {job.id}, {job.name}, belongs to another run of this name: {job.comment}"
+            raise UserError(found, "choose another name with --run: Slurm knows jobs by their names", order.folder)
+
+
+def check_start(order: Order, jobs: dict[str, list[int]]) -> None:
+    """Raises UserError for a stage that starts from weights which nothing has made, or is going to."""
+    from recipes.engine.checkpoint import steps
+
+    chosen = [stage.name for stage in order.stages]
+    for stage, before in ((order.plan.stage(link.stage), link.after) for link in order.chain if link.kind == "train"):
+        if before is None or before[1] in chosen or jobs.get(job_name(order.name, before[1], "train")):
+            continue
+        run, name = order.run, before[1]
+        if not (run and (run.has_begun(stage.name) or stage.start_step in steps(run.checkpoints(name)))):
+            found = f"{stage.name} starts from step {stage.start_step:,} of {name}, which is neither trained nor queued"
+            raise UserError(found, f"launch {name}, too: --stages says which", order.folder)
 
 
 # From here on things are written, and submitted
@@ -271,15 +350,28 @@ def freeze(order: Order, tokenizer: str | None) -> Run:
 
 
 def submit(order: Order, run: Run, jobs: dict[str, list[int]], missing: Sequence[Link]) -> dict[str, list[int]]:
-    """Submits the links that are neither done nor queued; returns the new jobs' ids by name."""
-    ids, new = dict(jobs), dict[str, list[int]]()
+    """Submits what the links lack; returns the new jobs' ids by name."""
+    ids, new = {name: list(known) for name, known in jobs.items()}, dict[str, list[int]]()
     for link in missing:
-        for number in range(link.jobs):
-            job = slurm.submit(run.folder / link.stage / SCRIPT[link.kind], options(order, link, ids, number))
+        first = len(jobs.get(link.name, []))
+        for number in range(first, first + lacking(order, link, jobs)):
+            try:
+                job = slurm.submit(run.folder / link.stage / SCRIPT[link.kind], options(order, link, ids, number))
+            except UserError as error:
+                raise _stopped(error, order, new) from error
             _note(run.folder, job, link)
-            new.setdefault(link.name, []).append(job)
-            ids[link.name] = new[link.name]
+            for known in (ids, new):
+                known.setdefault(link.name, []).append(job)
     return new
+
+
+def _stopped(error: UserError, order: Order, new: dict[str, list[int]]) -> UserError:
+    """The error that a submission ended with, and what is in the queue by then."""
+    if not new:
+        return error
+    there = _jobs([job for ids in new.values() for job in ids])
+    fix = f"{error.fix}: that submits the rest; or take these back: smol cancel {order.name}"
+    return UserError(f"{error.found}; {there} had been submitted", fix, order.folder)
 
 
 def options(order: Order, link: Link, ids: dict[str, list[int]], number: int) -> list[str]:
@@ -300,17 +392,17 @@ def _note(folder: Path, job: int, link: Link) -> None:
 
 def tell(order: Order, jobs: dict[str, list[int]], submitted: dict[str, list[int]], console: Console) -> None:
     """Prints the chain with its jobs' ids."""
-    notes = {name: f"job {_span(ids)}, queued already" for name, ids in jobs.items() if ids}
-    notes |= {name: f"job {_span(ids)}" for name, ids in submitted.items()}
-    links = order.chain
-    notes = {link.name: notes.get(link.name, "done") for link in links}
-    console.print(draw_tree(title(order), links, order.plan, order.cluster, notes))
+    console.print(head(order), highlight=False)
+    notes = {link.name: "done" for link in order.chain}
+    notes |= {name: f"{_jobs(ids)}, queued" for name, ids in jobs.items()}
+    notes |= {name: _jobs([*jobs.get(name, []), *ids]) for name, ids in submitted.items()}
+    console.print(draw_tree(order.name, title(order), order.chain, order.plan, order.cluster, notes))
     if not submitted:
         live = sorted(i for ids in jobs.values() for i in ids)
-        there = f"job {_span(live)} is queued already" if len(live) == 1 else f"jobs {_span(live)} are queued already"
-        console.print(f"nothing submitted: {there if live else 'all is done'}")
-    console.print(f"{shown(order.folder)}: smol status {order.name} shows how it goes", highlight=False)
+        are = "is" if len(live) == 1 else "are"
+        console.print(f"nothing submitted: {f'{_jobs(live)} {are} queued already' if live else 'all is done'}")
+    console.print(f"smol status {order.name} shows how it goes", highlight=False)
 
 
-def _span(ids: Sequence[int]) -> str:
-    return str(ids[0]) if len(ids) == 1 else f"{ids[0]} to {ids[-1]}"
+def _jobs(ids: Sequence[int]) -> str:
+    return f"job {ids[0]}" if len(ids) == 1 else f"jobs {min(ids)} to {max(ids)}"

@@ -12,7 +12,7 @@ from recipes.chain import SCRIPT, Kind, Link, choose_stages, make_chain
 from recipes.cluster import Cluster, load_cluster
 from recipes.errors import UserError, shown
 from recipes.files import checksum
-from recipes.gate import is_approved, open_run
+from recipes.gate import approval, approved_text, changes, open_run
 from recipes.lint import checked_plan
 from recipes.loader import find_root, load
 from recipes.plan import Plan, StagePlan
@@ -55,7 +55,7 @@ class Order:
     @property
     def chain(self) -> list[Link]:
         """The jobs, whether they are queued already or not."""
-        approved = [s.name for s in self.stages if self.run and is_approved(self.run, s.name)]
+        approved = [s.name for s in self.stages if self.run and approval(self.run.folder, s.name)]
         return make_chain(self.name, self.plan, self.stages, self.cluster, len(self.suite.benchmarks), approved)
 
     def scripts(self) -> dict[str, str]:
@@ -121,24 +121,32 @@ def check_gpus(recipe: Recipe, cluster: Cluster) -> None:
 
 
 def check_same(run: Run, recipe: Recipe) -> None:
-    """Raises UserError if a run is of another recipe, or its frozen files are no longer the recipe's.
+    """Raises UserError if a run is of another recipe, or one of the recipe's files was edited since, with the edit.
 
-    A mixture that was approved may differ: that is what approving is for.
+    A mixture may also be the one that was approved: that is what approving is for.
     """
-    another = "launch under another name with --run"
     if run.settings["recipe"] != recipe.name:
         found = f"this folder holds a run of {run.settings['recipe']}, not of {recipe.name}"
-        raise UserError(found, another, run.folder)
-    stages = (*run.recipe.stages, *run.recipe.branches)
-    approved = {stage.mixture_file.resolve() for stage in stages if is_approved(run, stage.name)}
+        raise UserError(found, "launch under another name with --run", run.folder)
+    mixtures = {stage.mixture_file.resolve(): stage.name for stage in (*run.recipe.stages, *run.recipe.branches)}
     for file in recipe.files:
         place = file.resolve().relative_to(recipe.root.resolve())
         frozen = (run.folder / "recipe" / place).resolve()
-        if frozen in approved:
-            continue
-        if not frozen.is_file() or checksum(frozen) != checksum(file):
-            found = f"this file is no longer what the run {run.folder.name} was launched with"
-            raise UserError(found, f"restore it from {shown(frozen)}, or {another}", file)
+        stage = mixtures.get(frozen, "")
+        made = approval(run.folder, stage)
+        known = {run.settings["files"].get(place.as_posix()), made and made["hash"]}
+        for edited, whole in ((file, frozen), (frozen, file)):
+            if checksum(edited) not in known:
+                raise _edited(run, stage, edited, approved_text(run.folder, stage) if made else whole)
+
+
+def _edited(run: Run, stage: str, edited: Path, whole: Path) -> UserError:
+    """What is wrong with a file of the recipe, `stage` being the one whose mixture it is, if it is one."""
+    name, lines = run.folder.name, changes(whole, edited, (shown(whole), shown(edited)))
+    fix = f"restore it from {shown(whole)}, or launch under another name with --run"
+    if stage and not run.has_begun(stage):
+        fix += f". To train {stage} on it instead: smol approve {name} {stage} --mixture {shown(edited)}"
+    return UserError(f"this file is no longer what the run {name} was launched with:\n{lines}", fix, edited)
 
 
 def check_data(order: Order, tokenizer: str | None, checksums: bool, console: Console) -> None:

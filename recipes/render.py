@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 from recipes.cluster import Cluster, Minutes, expand, slurm_time
@@ -116,7 +117,9 @@ def environment(cluster: Cluster, script: str, name: str, root: Path, arguments:
             f"export GPUS={cluster.gpus_per_node} SIGNAL_SECONDS={cluster.signal_seconds} "
             f"ALL_REDUCE={int(cluster.all_reduce)} SPARES={name}"
         )
-    lines += [f"module load {shlex.join(cluster.modules)}"] if cluster.modules else []
+    if cluster.container is None and sys.prefix != sys.base_prefix:
+        lines.append(f"export PATH={shlex.quote(sys.prefix + '/bin')}:$PATH  # the Python that launched this")
+    lines += [f"module load {shlex.join(cluster.modules)} || exit"] if cluster.modules else []
     lines += cluster.setup
     if cluster.shared:
         lines.append(f"export HF_HOME={shlex.quote(expand(cluster.shared, 'shared', cluster.name) + '/huggingface')}")

@@ -39,7 +39,7 @@ def rollback(run: Run, stage: str, to_step: int, skip_tokens: int = 0) -> list[P
     """
     run.recipe.stage(stage)
     plan = run.plan.stage(stage)
-    _check(run, plan, to_step, skip_tokens)
+    check_step(run, plan, to_step, skip_tokens)
     held = lock(run.stage_folder(stage), seconds=0)
     try:
         return _roll_back(run, plan, to_step, -(-skip_tokens // run.plan.tokens_per_step))
@@ -48,7 +48,8 @@ def rollback(run: Run, stage: str, to_step: int, skip_tokens: int = 0) -> list[P
             os.close(held)
 
 
-def _check(run: Run, stage: StagePlan, to_step: int, skip_tokens: int) -> None:
+def check_step(run: Run, stage: StagePlan, to_step: int, skip_tokens: int) -> None:
+    """Raises UserError if the stage cannot go back to that step, or leave out so much behind it."""
     folder = run.checkpoints(stage.name)
     if to_step != stage.start_step:
         if to_step not in steps(folder):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import UserError
-from recipes.files import read_lines, write_atomic, write_json
+from recipes.files import checksum, read_lines, write_atomic, write_json
 from recipes.lint import checked_plan
 from recipes.loader import find_root, load, load_mixture
 from recipes.plan import Plan
@@ -65,11 +65,11 @@ class Run:
         """
         if (folder / RUN_FILE).exists():
             raise UserError("there is a run here already", "choose another name, or resume it", folder)
-        freeze(recipe, folder / "recipe")
+        files = freeze(recipe, folder / "recipe")
         write_atomic(folder / TOKENIZER, tokenizer.read_bytes())
         frozen = load(folder / "recipe" / "stages" / recipe.name)
         write_json(folder / "plan.json", checked_plan(frozen).as_dict())
-        settings = {"recipe": recipe.name, "data": _inside(data, folder), "code": code_revision()}
+        settings = {"recipe": recipe.name, "data": _inside(data, folder), "code": code_revision(), "files": files}
         write_json(folder / RUN_FILE, settings)
         return cls(folder)
 
@@ -168,10 +168,14 @@ def runs_folder() -> Path:
     return find_root() / "runs"
 
 
-def freeze(recipe: Recipe, folder: Path) -> None:
-    """Copies every file the recipe was read from, with its place below the recipe's root."""
+def freeze(recipe: Recipe, folder: Path) -> dict[str, str]:
+    """Copies every file the recipe was read from to its place below the recipe's root; returns their checksums."""
+    files = {}
     for file in recipe.files:
-        write_atomic(folder / file.resolve().relative_to(recipe.root.resolve()), file.read_bytes())
+        place = file.resolve().relative_to(recipe.root.resolve())
+        write_atomic(folder / place, file.read_bytes())
+        files[place.as_posix()] = checksum(folder / place)
+    return files
 
 
 def code_revision() -> dict[str, Any]:

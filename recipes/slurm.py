@@ -17,9 +17,8 @@ ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL
 """States that nothing follows; slurm.conf(5) MinJobAge says for how long squeue still knows them."""
 _FIELDS = "%F|%K|%T|%D|%M|%L|%r|%j|%k"
 """Array job id, array index, state, nodes, time used, time left, reason, name, comment: squeue(1)."""
-_SILENT = re.compile(
-    r"contact slurm controller|Connection refused|configuration (source|file)|connect failure", re.IGNORECASE
-)
+_SILENT = re.compile(r"contact slurm controller|Connection refused|connect failure", re.IGNORECASE)
+_NO_CLUSTER = re.compile(r"configuration (source|file)|slurm\.conf", re.IGNORECASE)
 
 
 class Unreachable(UserError):
@@ -69,6 +68,9 @@ def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
         raise Unreachable(f"{command[0]} did not answer within {TIMEOUT} seconds", "try again later") from None
+    if done.returncode and _NO_CLUSTER.search(done.stderr):
+        found = f"{command[0]} is installed on this machine, but belongs to no cluster: there is no slurm.conf"
+        raise Unreachable(found, "run this on a login node of the cluster, or export SLURM_CONF")
     if done.returncode and _SILENT.search(done.stderr):
         raise Unreachable(f"Slurm's controller does not answer: {one_line(done.stderr)}", "try again later")
     return done
@@ -109,15 +111,17 @@ def test_only(script: Path, options: Iterable[str] = ()) -> tuple[bool, str]:
     return done.returncode == 0, one_line(done.stderr or done.stdout)
 
 
-def queue(names: Iterable[str] = (), folder: Path | None = None) -> list[Job]:
+def queue(names: Iterable[str] = (), folder: Path | None = None, everyone: bool = False) -> list[Job]:
     """The user's jobs that squeue knows.
 
     Args:
         names: only jobs of these names.
         folder: only jobs of the run in this folder.
+        everyone: jobs of all users, as far as the site shows them.
     """
     chosen = ["--name", ",".join(names)] if (names := list(names)) else []
-    printed = ask(["squeue", "--noheader", "--me", "--format", _FIELDS, *chosen], "try again later")
+    chosen += [] if everyone else ["--me"]
+    printed = ask(["squeue", "--noheader", "--format", _FIELDS, *chosen], "try again later")
     jobs = [parse_job(line) for line in printed.splitlines() if line.strip()]
     return [job for job in jobs if folder is None or job.comment == str(folder.resolve())]
 

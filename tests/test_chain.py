@@ -78,12 +78,12 @@ def test_stages_that_are_none(text: str) -> None:
 def test_the_tree_and_the_cost_say_what_the_plan_says() -> None:
     chain = make_chain("x", PLAN, ALL, CLUSTER, 13)
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(draw_tree("x: smollm2-1.7b", chain, PLAN, CLUSTER, {"x-stage1-train": "job 17"}))
+    console.print(draw_tree("x", "x: smollm2-1.7b", chain, PLAN, CLUSTER, {"x-stage1-train": "job 17"}))
     console.print(cost_table(chain, PLAN))
     text = console.export_text()
     assert "10 jobs of 24 h in turn, 32 × 8 GPUs, 7.9 days planned  job 17" in text
     assert "13 × 1 GPU, at most 4 h each, after stage1's train" in text
-    assert text.count("held until smol approve") == 3
+    assert text.count("held until smol approve x stage") == 3
     assert f"{PLAN.gpu_hours:,.0f}" in text
     tests = 4 * 13 * 4
     assert f"${(PLAN.gpu_hours + tests) * 2.8:,.0f}" in text

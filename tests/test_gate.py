@@ -11,7 +11,7 @@ from recipes.cli_cluster import approve as approve_verb
 from recipes.cluster import load_cluster
 from recipes.errors import UserError
 from recipes.files import append_line, checksum, read_lines
-from recipes.gate import approve, check, difference, is_approved, record
+from recipes.gate import approval, approve, check, difference, record
 from recipes.order import prepare
 from recipes.run import ADOPTION, Run
 
@@ -68,7 +68,7 @@ def test_a_proposal_that_differs_asks_for_a_choice_and_shows_it(launched: Run) -
         approve("tiny", "stage2")
     assert "web: 75.00% → 70.00%\n  math: 5.00% → 10.00%" in str(error.value)
     assert "--proposal" in str(error.value) and "--keep" in str(error.value)
-    assert not is_approved(launched, "stage2") and not (launched.folder / ADOPTION).exists()
+    assert approval(launched.folder, "stage2") is None and not (launched.folder / ADOPTION).exists()
 
 
 def test_the_proposal_is_adopted(launched: Run) -> None:

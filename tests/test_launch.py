@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,12 @@ from rich.console import Console
 from recipes import slurm
 from recipes.errors import UserError
 from recipes.files import append_line
-from recipes.gate import approve
+from recipes.gate import approve, record
 from recipes.jobs import facts, main, next_step, source
-from recipes.launch import done, launch, locked, options
+from recipes.launch import check_start, done, lacking, launch, locked, options
 from recipes.order import Order, check_data, prepare
 from recipes.run import Run
-from tests.conftest import TINY, write_source
+from tests.conftest import ROOT, TINY, write_source
 from tests.test_loader import change
 
 SUITE = """
@@ -50,7 +51,7 @@ def order(**changed: str | Path | None) -> Order:
     return prepare(**{**wanted, **changed})  # type: ignore[arg-type]
 
 
-def go(dry_run: bool = False, **changed: str | Path | None) -> tuple[int, str]:
+def go(dry_run: bool = False, **changed: str | Path | int | None) -> tuple[int, str]:
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     wanted = {"recipe_name": "tiny", "cluster": "mine.yaml", "stages": None, "run_name": None, "data": None}
     code = launch(**{**wanted, "tokenizer": None, **changed}, dry_run=dry_run, console=console)  # type: ignore[arg-type]
@@ -93,7 +94,9 @@ def test_a_dry_run_shows_everything_and_writes_nothing(site: Path) -> None:
     assert "as stage1/job.slurm, with stage4 for stage1" in text
     assert text.count("#SBATCH --job-name=") == 3
     assert "sbatch --test-only was left out" in text
-    assert "held until smol approve … stage2" in text
+    assert "held until smol approve tiny stage2" in text
+    assert re.search(r"^run +runs/tiny, new", text, re.MULTILINE) and re.search(r"^data +data", text, re.MULTILINE)
+    assert "warning: repetition not checked where the unique tokens are unknown" in text
     assert "GPU-hours at 40% MFU" in text and "nothing was written or submitted" in text
 
 
@@ -191,6 +194,62 @@ def test_an_approved_mixture_may_differ_and_an_edited_one_not(site: Path, tmp_pa
         order()
 
 
+def test_the_recipes_mixture_edited_after_its_approval_is_refused_with_the_edit(site: Path, tmp_path: Path) -> None:
+    run = create(site)
+    record(run, "stage1", "anna")
+    change(site, "mixtures/smollm2-1.7b/stage1.yaml", "fineweb-edu: 0.60", "fineweb-edu: 0.50")
+    change(site, "mixtures/smollm2-1.7b/stage1.yaml", "dclm: 0.40", "dclm: 0.50")
+    with pytest.raises(UserError) as error:
+        order()
+    text = str(error.value)
+    assert "\n-      fineweb-edu: 0.60" in text and "\n+      fineweb-edu: 0.50" in text
+    assert "Restore it from runs/tiny/approvals/stage1.yaml, or launch under another name" in text
+    assert "smol approve tiny stage1 --mixture mixtures/smollm2-1.7b/stage1.yaml" in text
+    run.stage_folder("stage1").mkdir()
+    append_line(run.stage_folder("stage1") / "ledger.jsonl", {"from_step": 0, "to_step": 1, "tokens": {}})
+    with pytest.raises(UserError) as error:
+        order()
+    assert "\n+      dclm: 0.50" in str(error.value) and "smol approve" not in str(error.value)
+
+
+def test_the_recipes_mixture_may_be_the_approved_one(site: Path) -> None:
+    run = create(site)
+    change(site, "mixtures/smollm2-1.7b/stage2.yaml", "fineweb-edu: 0.60", "fineweb-edu: 0.50")
+    change(site, "mixtures/smollm2-1.7b/stage2.yaml", "dclm: 0.40", "dclm: 0.50")
+    with pytest.raises(UserError, match="To train stage2 on it instead: smol approve tiny stage2 --mixture"):
+        order()
+    approve(run, "stage2", mixture=site / "mixtures/smollm2-1.7b/stage2.yaml")
+    assert order().run
+    shutil.copy(ROOT / "mixtures/smollm2-1.7b/stage2.yaml", site / "mixtures/smollm2-1.7b/stage2.yaml")
+    assert order().run
+    change(site, "mixtures/smollm2-1.7b/stage2.yaml", "share: 0.05", "share: 0.050")
+    with pytest.raises(UserError, match="no longer what the run tiny was launched with"):
+        order()
+
+
+def test_a_stage_needs_weights_to_start_from(site: Path) -> None:
+    check_start(order(stages="..stage3"), {})
+    with pytest.raises(UserError, match=r"stage2 starts from step 23 of stage1, which is neither trained nor queued"):
+        check_start(order(stages="stage2.."), {})
+    check_start(order(stages="stage2.."), {"tiny-stage1-train": [7]})
+    assert "stage3 starts from step 31 of stage2" in go(dry_run=True, stages="stage3")[1]
+    run = create(site)
+    (run.checkpoints("stage1") / "23").mkdir(parents=True)
+    (run.checkpoints("stage1") / "23" / "manifest.json").write_text("{}")
+    check_start(order(stages="stage2.."), {})
+    with pytest.raises(UserError, match="stage3 starts from step 31 of stage2"):
+        check_start(order(stages="stage3"), {})
+
+
+def test_what_a_killed_launch_has_left_out(site: Path) -> None:
+    made = order()
+    train, tests = (link.__class__(**{**link.__dict__, "jobs": 3}) for link in made.chain[:2])
+    assert lacking(made, train, {}) == 3
+    assert lacking(made, train, {train.name: [7]}) == 2
+    assert lacking(made, train, {train.name: [8], tests.name: [9]}) == 0  # the others have been used up
+    assert lacking(made, tests, {tests.name: [9]}) == 0
+
+
 def test_other_data_than_the_runs_is_refused(site: Path, tmp_path: Path) -> None:
     create(site)
     assert order(data=site / "data").data == site / "data"
@@ -268,6 +327,19 @@ def test_programs_of_the_model_need_consent(site: Path) -> None:
     assert code == 2 and "humaneval runs programs that the model has written" in text
     change(site, "mine.yaml", "suite: ", "options: [--allow-code], suite: ")
     assert go(dry_run=True)[0] == 0
+
+
+def test_a_dry_run_says_where_it_would_go_back_to(site: Path) -> None:
+    code, text = go(dry_run=True, stages="stage1", from_step=10)
+    assert code == 2 and "a launch would stop here: runs/tiny: there is no run to go back in" in text
+    run = create(site)
+    append = {"from_step": 0, "to_step": 1, "tokens": {}}
+    run.stage_folder("stage1").mkdir()
+    append_line(run.stage_folder("stage1") / "ledger.jsonl", append)
+    code, text = go(dry_run=True, stages="stage1", from_step=10)
+    assert code == 2 and "stage1 has no checkpoint of step 10. Name one of 0." in text
+    code, text = go(dry_run=True, stages="stage1", from_step=0, skip_tokens=512)
+    assert code == 0 and "goes back to step 0 of stage1 first, and leaves out the next 512 tokens" in text
 
 
 def test_going_back_needs_a_run(site: Path) -> None:
