@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from rich.box import MARKDOWN
+from rich.table import Table
+
+from recipes.bench import surroundings
 from recipes.errors import UserError
+from recipes.files import write_json
+from recipes.loader import load
 from recipes.plan import H100_FLOPS, flops_per_token
 from recipes.recipe import Model, Recipe
+from recipes.show import wide_console
 
 BACKWARD_SHARE = 2 / 3
 """Of a step's arithmetic: two products for each one of the forward pass."""
@@ -119,18 +128,43 @@ def exchanges(
                 yield exchange(recipe, micro_batch, sequences // micro_batch, value_bytes, gpus, mfu, values)
 
 
-def markdown(rows: Iterable[Exchange]) -> str:
-    """A table for docs/benchmarks.md."""
-    lines = [
-        "| micro-batch × accumulation | reduced in | gradients, GB | buckets | all-reduce, ms | behind it, ms "
-        "| exposed, ms | of the step |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def bench_allreduce(recipe: str, gpus: int, mfu: float, json_path: Path | None) -> dict[str, Any]:
+    """Works out every way to cut a recipe's step, prints it as a Markdown table, and what it assumes.
+
+    Returns:
+        What is written as JSON.
+
+    Raises:
+        UserError: no such recipe, or its step does not divide among so many GPUs.
+    """
+    rows, network = list(exchanges(load(recipe), gpus, mfu)), Network()
+    result = {
+        "recipe": recipe, "gpus": gpus, "mfu": mfu, "backward_share": BACKWARD_SHARE, "network": asdict(network),
+        "exchanges": [{**asdict(row), "lost": row.lost} for row in rows], **surroundings(),
+    }  # fmt: skip
+    console = wide_console()
+    console.print(table(rows))
+    console.print(
+        "Batch × rounds: sequences of a micro-batch, micro-batches a step on a GPU. Behind: the backward pass that\n"
+        "hides it. Lost: of the step.\n"
+        f"{recipe} on {gpus} GPUs, on paper: a ring over {network.gpus_per_node} cards of "
+        f"{network.link_bits / 1e9:.0f} Gb/s a node at {network.efficiency:.0%} of their rate,\n"
+        f"{network.hop_seconds * 1e6:.0f} µs for each of its {2 * (gpus - 1)} steps; arithmetic at {mfu:.0%} MFU.",
+        highlight=False,
+    )
+    if json_path is not None:
+        write_json(json_path, result)
+    return result
+
+
+def table(rows: Iterable[Exchange]) -> Table:
+    """As it stands in docs/benchmarks.md."""
+    names = ("reduced in", "GB", "buckets", "reduce, ms", "behind, ms", "exposed, ms", "lost")
+    made = Table("batch × rounds", *names, box=MARKDOWN)
     for row in rows:
         times = (row.reduce_seconds, row.hidden_behind_seconds, row.exposed_seconds)
-        figures = " | ".join(f"{1000 * seconds:,.1f}" for seconds in times)
-        lines.append(
-            f"| {row.micro_batch} × {row.accumulation} | {'fp32' if row.value_bytes == 4 else 'bf16'} "
-            f"| {row.bytes / 1e9:.2f} | {row.buckets} | {figures} | {row.lost:.1%} |"
-        )
-    return "\n".join(lines)
+        made.add_row(
+            f"{row.micro_batch} × {row.accumulation}", "fp32" if row.value_bytes == 4 else "bf16",
+            f"{row.bytes / 1e9:.2f}", str(row.buckets), *(f"{1000 * s:,.1f}" for s in times), f"{row.lost:.1%}",
+        )  # fmt: skip
+    return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import resource
@@ -37,6 +38,7 @@ FILE_TOKENS = 1_000_000_000
 """Tokens per file of the sources that only seem to be there."""
 LOCATED = 1 << 24
 CHUNK = 1 << 16
+PACKAGES = ("numpy", "torch", "nanotron", "datatrove", "tokenizers", "transformers", "flash-attn", "triton")
 INDEX_SECONDS = 60
 """After so long the index that is built for comparison stays shorter."""
 
@@ -281,9 +283,16 @@ def surroundings() -> dict[str, Any]:
     return {
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "memory": pages, "system": platform.platform()},
         "load": os.getloadavg()[0],
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "code": code_revision(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

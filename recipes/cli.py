@@ -318,6 +318,7 @@ def gpu(
     steps: Annotated[int, typer.Option(min=2, help="Steps to time.")] = 20,
     loss_steps: Annotated[int, typer.Option(min=2, help="Steps over which losses are compared.")] = 200,
     only: Annotated[Literal["correctness", "speed"] | None, typer.Option(help="One part alone.")] = None,
+    minutes: Annotated[float, typer.Option(min=1, help="It takes no longer: rows may be missing then.")] = 9,
     tiny: Annotated[bool, typer.Option("--tiny", help="A dry run with a tiny model, on a CPU too.")] = False,
     json_path: Json = None,
 ) -> None:
@@ -327,7 +328,7 @@ def gpu(
     """
     from recipes.bench_gpu import bench_gpu
 
-    bench_gpu(json_path, recipe, steps, tiny, loss_steps, only)
+    bench_gpu(json_path, recipe, steps, tiny, loss_steps, only, minutes)
 
 
 @bench.command("all-reduce")
@@ -335,15 +336,15 @@ def all_reduce(
     recipe: Annotated[str, typer.Argument(help="A recipe's name.")] = "smollm2-1.7b",
     gpus: Annotated[int, typer.Option(min=2, help="That share a step.")] = 256,
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="What the rest of the step reaches by itself.")] = 0.5,
+    json_path: Json = None,
 ) -> None:
     """Work out, on paper, how much of the gradients' all-reduce the backward pass can hide.
 
     Example: smol bench all-reduce smollm2-1.7b --mfu 0.4
     """
-    from recipes.allreduce import exchanges, markdown
-    from recipes.loader import load
+    from recipes.allreduce import bench_allreduce
 
-    print(markdown(exchanges(load(recipe), gpus, mfu)))
+    bench_allreduce(recipe, gpus, mfu, json_path)
 
 
 for verb in (*cli_evaluation.VERBS, *cli_cluster.VERBS):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.allreduce import BUCKET, Network, buckets_of, exchange, exchanges, markdown
+from recipes.allreduce import BUCKET, Network, bench_allreduce, buckets_of, exchange, exchanges
 from recipes.errors import UserError
 from recipes.loader import load
 
@@ -56,7 +57,18 @@ def test_a_number_of_gpus_that_does_not_divide_the_step_is_refused() -> None:
         list(exchanges(LARGE, 255))
 
 
-def test_the_table_has_a_line_for_each_way() -> None:
-    lines = markdown(exchanges(LARGE, 256)).splitlines()
-    assert len(lines) == 2 + 2 * 3 * 2
-    assert len({line.count("|") for line in lines}) == 1
+def test_what_is_printed_is_what_the_docs_show_and_json_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = bench_allreduce("smollm2-1.7b", 256, 0.5, tmp_path / "reduce.json")
+    assert json.loads((tmp_path / "reduce.json").read_text()) == result
+    assert len(result["exchanges"]) == 2 * 3 * 2 and {"machine", "versions", "code", "network"} <= set(result)
+    shown = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    documented = [cells(line) for line in (ROOT / "docs" / "benchmarks.md").read_text().splitlines()]
+    assert len(shown) == 2 + 12
+    assert [row for row in shown if row not in documented and "---" not in row[0]] == []
+
+
+def cells(line: str) -> list[str]:
+    """Of a line of a Markdown table."""
+    return [cell.strip() for cell in line.strip("|").split("|")]

@@ -46,8 +46,8 @@ class Fused:
     swiglu: bool = False
     """SwiGLU in one kernel, which keeps nothing but its input for the backward pass."""
     attention: str = ""
-    """"flash" or "cudnn": scaled_dot_product_attention that prefers this backend, and activations kept
-    (batch, sequence, ·) from layer to layer, so that nothing is transposed. Empty: Nanotron's."""
+    """"flash" or "cudnn": scaled_dot_product_attention by this backend alone, and activations kept (batch, sequence, ·)
+    from layer to layer, so that nothing is transposed. Empty: Nanotron's."""
     loss_rows: int = 0
     """Tokens of a chunk of the cross-entropy, which never holds all logits; 0: Nanotron's, which does, in fp32."""
     layer: bool = False
@@ -274,12 +274,13 @@ class FusedLlama(RopeLlama):
         return last
 
     def backend(self) -> AbstractContextManager[None]:
-        """Prefers the attention that was chosen; on a CPU there is no choice."""
+        """Allows the attention that was chosen and no other, since PyTorch's order depends on versions, cuDNN's too.
+
+        Where it cannot be had PyTorch raises RuntimeError; on a CPU there is no choice.
+        """
         if not (self.fused.attention and torch.cuda.is_available()):
             return nullcontext()
-        others = [backend for backend in BACKENDS.values() if backend != BACKENDS[self.fused.attention]]
-        order = [BACKENDS[self.fused.attention], *others, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        context: AbstractContextManager[None] = sdpa_kernel(order, set_priority=True)
+        context: AbstractContextManager[None] = sdpa_kernel(BACKENDS[self.fused.attention])
         return context
 
     def get_block_compute_costs(self) -> dict[Any, int]:

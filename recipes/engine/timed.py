@@ -29,8 +29,8 @@ import nanotron.trainer
 
 WARMUP = 3
 LOADERS = ("load_weights", "load_optimizer", "load_lr_scheduler", "load_meta")
-COLLECTIVES = ("gloo:", "nccl:")
-"""How the profiler's names of them begin."""
+COLLECTIVES = ("gloo:", "ncclDevKernel")
+"""How the profiler's names of them begin: gloo's work and NCCL's kernels."""
 
 
 class TimedTrainer(StageTrainer):
@@ -138,7 +138,7 @@ class TimedTrainer(StageTrainer):
             result = work()
         for event in profile.key_averages():
             if event.key.startswith(COLLECTIVES):
-                seconds = (event.device_time_total or event.cpu_time_total) / 1e6
+                seconds = (event.self_device_time_total or event.cpu_time_total) / 1e6
                 self.collectives[event.key] = self.collectives.get(event.key, 0.0) + seconds
         return result
 
