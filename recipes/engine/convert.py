@@ -64,6 +64,9 @@ def to_transformers(
         UserError: the checkpoint is damaged, another tokenizer's, or no Llama; there is something else at `out`.
         OSError: the disk is full; nothing is left at `out`.
     """
+    if not (checkpoint / MANIFEST).is_file() and (checkpoint / "config.json").is_file():
+        fix = "add --to nanotron to make a checkpoint of it"
+        raise UserError("this is a model in transformers' format already", fix, checkpoint)
     source = Checkpoint.load(checkpoint)
     vocabulary = Vocabulary.of(source, tokenizer)
     origin = {
@@ -215,6 +218,8 @@ def _write_settings(model: Llama, vocabulary: Vocabulary, dtype: torch.dtype, fo
         architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(folder)
+    both = {**read_json(folder / "config.json"), "rope_theta": model.rope_theta}
+    write_json(folder / "config.json", both)  # transformers 4 takes 10,000 where it finds rope_parameters alone
     GenerationConfig(**ends).save_pretrained(folder)
     vocabulary.write(folder, model.max_position_embeddings)
 
@@ -240,6 +245,9 @@ def to_nanotron(model: Path, out: Path, *, progress: Console | None = None) -> P
     """
     if out.exists():
         raise UserError("there is something here already", "name another folder, or delete this one", out)
+    if (model / MANIFEST).is_file():
+        fix = "name a model in transformers' format, or leave --to nanotron out"
+        raise UserError("this is a checkpoint of Nanotron already", fix, model)
     llama = Llama.of_transformers(model)
     vocabulary = Vocabulary.beside(model)
     vocabulary.check_size(llama.vocab_size)

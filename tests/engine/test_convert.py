@@ -192,6 +192,7 @@ def test_what_a_folder_in_transformers_format_holds(cases: dict[str, Case], tmp_
     config = json.loads((case.model / "config.json").read_text())
     assert (config["dtype"], config["tie_word_embeddings"], config["eos_token_id"]) == ("float32", True, 0)
     assert config["max_position_embeddings"] == 32
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 130_000
     assert GenerationConfig.from_pretrained(case.model).eos_token_id == 0
     tokenizer = AutoTokenizer.from_pretrained(case.model)
     assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.chat_template) == ("word0", 0, None)
@@ -402,7 +403,11 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (model / "tokenizer.json").unlink()
     refuses(to_nanotron, model, out, "tokenizer.json: cannot be read as a tokenizer")
     refuses(to_nanotron, tmp_path, out, "no transformers model")
-    refuses(to_transformers, model, out, "no complete checkpoint")
+    refuses(to_transformers, model, out, "in transformers' format already. Add --to nanotron")
+    refuses(
+        to_nanotron, tmp_path / "half-precision", out, "a checkpoint of Nanotron already. .* leave --to nanotron out"
+    )
+    refuses(to_transformers, tmp_path, out, "no complete checkpoint")
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
