@@ -50,7 +50,8 @@ HARDWARE_XIDS = {48, 64, 74, 79, 95, 119, 120}
 asks for a reset or a repair. Others, such as 13, 31 and 43, are mostly the program's."""
 XID_SECONDS = 3600
 """How far back they count. Chosen: after a repair the kernel's log still holds them."""
-PACKAGES = ("torch", "nanotron", "numpy", "transformers", "flash-attn", "nvidia-nccl-cu12")
+PACKAGES = ("torch", "nanotron", "numpy", "transformers", "flash-attn", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
+SILENT = "no report: Python did not start, a tool such as nvidia-smi hangs, or it cannot write to the run's folder"
 QUERY = "index,name,memory.total,memory.used,ecc.errors.uncorrected.volatile.total,driver_version"
 ROWS = "remapped_rows.pending,remapped_rows.failure"
 REDUCE_BYTES = 64 << 20
@@ -174,7 +175,7 @@ def judge(nodes: Sequence[str], facts: dict[str, Facts], cluster: Cluster | None
         checkpoint: bytes that one takes.
     """
     known = [facts[node] for node in nodes if node in facts]
-    bad = dict.fromkeys(nodes, "no report: it could not start Python, or not write to the run's folder")
+    bad = dict.fromkeys(nodes, SILENT)
     clock = statistics.median(f["time"] for f in known) if known else 0.0
     most: dict[str, Any] = {key: _most([f[key] for f in known]) for key in ("versions", "code")}
     hardware = _most([_hardware(f) for f in known])

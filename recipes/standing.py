@@ -366,5 +366,5 @@ def read_jobs(folder: Path, queue: Sequence[slurm.Job]) -> list[Json]:
         shown = {"id": f"{job.id}_{job.index}" if job.index else str(job.id), "name": job.name}
         place = {"kind": line.get("kind", "?"), "stage": line.get("stage", "?"), "nodes": job.nodes}
         jobs.append({**shown, **place, "state": job.state, "time_used": job.time_used, "time_left": job.time_left,
-                     "reason": job.reason, "live": job.live})  # fmt: skip
+                     "reason": "" if job.reason == "None" else job.reason, "live": job.live})  # fmt: skip
     return jobs

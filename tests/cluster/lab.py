@@ -197,12 +197,9 @@ class Lab:
         """Boots a node; one that was down comes back by itself."""
         (self.folder / "spool" / name).mkdir(exist_ok=True)
         script = 'hostname "$0"; mount --bind "$1" /etc/hosts; slurmd -D -N "$0" & wait $!'
-        mounts = f"/proc/{self.daemons['mounts'].pid}/ns/mnt"
-        self.spawn(
-            name, "nsenter", f"--mount={mounts}", "--",
-            "unshare", "--uts", "--mount", "--propagation", "slave", "--pid", "--fork", "--kill-child", "--mount-proc",
-            "bash", "-c", script, name, str(self.folder / "etc/hosts"),
-        )  # fmt: skip
+        space = ("--uts", "--mount", "--propagation", "slave", "--pid", "--fork", "--kill-child", "--mount-proc")
+        node = ("unshare", *space, "bash", "-c", script, name, str(self.folder / "etc/hosts"))
+        self.spawn(name, *self.there(*node))
 
     def kill_node(self, name: str) -> None:
         """Cuts its power: everything on it dies at once."""
@@ -232,7 +229,11 @@ class Lab:
 
     def in_mounts(self, *command: str) -> str:
         """Runs a command that sees the mounts that the nodes see."""
-        return self.command("nsenter", f"--mount=/proc/{self.daemons['mounts'].pid}/ns/mnt", "--", *command)
+        return self.command(*self.there(*command))
+
+    def there(self, *command: str) -> list[str]:
+        """A command that sees the mounts that the nodes see; it starts in /."""
+        return ["nsenter", f"--mount=/proc/{self.daemons['mounts'].pid}/ns/mnt", "--", *command]
 
     def seen(self, folder: Path) -> Path:
         """A folder as the nodes see it."""

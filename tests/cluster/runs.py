@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recipes.files import read_lines
 from tests.cluster.lab import Lab
+
+Wait = tuple[Callable[[], bool], float, str]
+"""What a story waits for, for how many seconds at most, and what it is called."""
 
 
 @dataclass
@@ -27,17 +31,23 @@ class Site:
     more: dict[str, str] = field(default_factory=dict)
     """Environment variables of the jobs."""
 
-    def launch(self, recipe: str, run: str, *options: str, profile: Path | None = None) -> str:
-        """`smol launch`; returns what it prints."""
-        words = ["--cluster", str(profile or self.profile), "--data", str(self.data), "--tokenizer",
-                 str(self.tokenizer), *options]  # fmt: skip
-        return self.smol("launch", recipe, "--run", run, *words)
+    def launching(self, recipe: str, run: str, *options: str) -> list[str]:
+        """The words of `smol launch`."""
+        words = ["--cluster", str(self.profile), "--data", str(self.data), "--tokenizer", str(self.tokenizer)]
+        return ["launch", recipe, "--run", run, *words, *options]
 
-    def train(
-        self, run: str, stage: str, *options: str, profile: Path | None = None, recipe: str = "tiny"
-    ) -> Live:  # fmt: skip
-        """`smol launch` of a stage; the jobs that would evaluate it are cancelled."""
-        self.launch(recipe, run, "--stages", stage, *options, profile=profile)
+    def launch(self, recipe: str, run: str, *options: str) -> str:
+        """`smol launch`; returns what it prints."""
+        return self.smol(*self.launching(recipe, run, *options))
+
+    def train(self, run: str, stage: str, *options: str, recipe: str = "tiny") -> Generator[Wait, None, Live]:
+        """`smol launch` of a stage, while other stories go on; the jobs that would evaluate it are cancelled."""
+        command = self.command(*self.launching(recipe, run, "--stages", stage, *options))
+        with tempfile.TemporaryFile("w+") as out:
+            process = subprocess.Popen(command, env=self.lab.environment, cwd=self.root, stdout=out, stderr=out)
+            yield lambda: process.poll() is not None, 120, f"{run} is launched"
+            out.seek(0)
+            assert process.returncode == 0, f"{' '.join(command)}: {out.read()}"
         live = self.run(run)
         self.lab.command("scancel", *map(str, live.jobs("eval", stage) + live.jobs("propose", stage)))
         return live
@@ -50,8 +60,12 @@ class Site:
 
     def try_smol(self, *words: str) -> subprocess.CompletedProcess[str]:
         """The same, whether it works or not."""
-        command = ["env", "COLUMNS=160", *(f"{key}={value}" for key, value in self.more.items())]
-        return self.lab.run([*command, sys.executable, "-m", "recipes.cli", *words], 120, self.root)
+        return self.lab.run(self.command(*words), 120, self.root)
+
+    def command(self, *words: str) -> list[str]:
+        """The command line of `smol`, with the jobs' environment and the nodes' view of disks."""
+        variables = ["COLUMNS=160", *(f"{key}={value}" for key, value in self.more.items())]
+        return self.lab.there("env", f"--chdir={self.root}", *variables, sys.executable, "-m", "recipes.cli", *words)
 
     def run(self, name: str) -> Live:
         """A run that was launched here."""

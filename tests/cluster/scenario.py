@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
-from tests.cluster.runs import Live
+from tests.cluster.runs import Live, Wait
 
-Wait = tuple[Callable[[], bool], float, str]
-"""What is waited for, for how many seconds at most, and what it is called."""
 Story = Generator[Wait, None, None]
+PATIENCE = 400
+"""Seconds: only a test that fails waits so long, whatever else this machine does."""
 
 
 @dataclass
@@ -71,22 +71,22 @@ class Fault:
     def later(self, steps: int = 15) -> Wait:
         """Until the stage has got on by so many steps: from here the fault hits the middle of it."""
         step = self.run.step(self.stage) + steps
-        return lambda: self.run.step(self.stage) >= step, 180, f"{self.name}: step {step} of {self.stage}"
+        return lambda: self.run.step(self.stage) >= step, PATIENCE, f"{self.name}: step {step} of {self.stage}"
 
     def survive(self, cause: str) -> Story:
         """From the fault that was just done: its cause is written down, and training goes on."""
         began = time.monotonic()
         ends, starts = (len(self.run.events(kind, self.stage)) for kind in ("end", "start"))
-        yield lambda: len(self.run.causes(self.stage)) > ends, 180, f"{self.name}: its end is recorded"
+        yield lambda: len(self.run.causes(self.stage)) > ends, PATIENCE, f"{self.name}: its end is recorded"
         assert self.run.causes(self.stage)[ends] == cause, self.run.events("end", self.stage)[ends]
         noted = time.monotonic() - began
-        yield lambda: len(self.run.events("start", self.stage)) > starts, 180, f"{self.name}: started again"
+        yield lambda: len(self.run.events("start", self.stage)) > starts, PATIENCE, f"{self.name}: started again"
         step = self.run.events("start", self.stage)[starts]["step"]
-        yield lambda: self.run.step(self.stage) <= step, 180, f"{self.name}: later steps are taken back"
-        yield lambda: self.run.step(self.stage) > step, 180, f"{self.name}: past step {step}"
+        yield lambda: self.run.step(self.stage) <= step, PATIENCE, f"{self.name}: later steps are taken back"
+        yield lambda: self.run.step(self.stage) > step, PATIENCE, f"{self.name}: past step {step}"
         self.outcome.seconds[self.name] = (noted, time.monotonic() - began)
 
 
 def finished(run: Live, stage: str) -> Wait:
     """Until the stage is complete."""
-    return lambda: run.causes(stage)[-1:] == ["finished"], 180, f"{stage} is finished"
+    return lambda: run.causes(stage)[-1:] == ["finished"], PATIENCE, f"{stage} is finished"

@@ -64,8 +64,8 @@ def site(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Site:
     options = ["--data-root", str(root / "questions"), "--limit", "8", "--jobs", "1"]
     evaluation = {"suite": "rehearsal", "gpus": 0, "cpus": 1, "memory": "2G", "time_limit": "10m", "at_once": 2,
                   "options": options}  # fmt: skip
-    policy = {"POLICY": str(ROOT / "eval/policy-rehearsal.yaml")}
-    (root / "profile.yaml").write_text(yaml.safe_dump({"extends": "virtual", "env": policy, "evaluation": evaluation}))
+    env = {"POLICY": str(ROOT / "eval/policy-rehearsal.yaml"), "SMOL_UPLOAD": "file:///proc/nowhere"}
+    (root / "profile.yaml").write_text(yaml.safe_dump({"extends": "virtual", "env": env, "evaluation": evaluation}))
     (root / "nowhere.yaml").write_text("extends: profile.yaml\npartition: nowhere\n")
     return Site(lab, root, root / "data", root / "tokenizer.json", root / "profile.yaml")
 
@@ -130,6 +130,11 @@ def test_both_stages_are_trained_to_their_ends(run: Live) -> None:
 def test_the_scorecard_has_every_benchmark(run: Live) -> None:
     card = json.loads(next((run.folder / "eval/scores").glob("stage1-*.json")).read_text())
     assert set(card["benchmarks"]) == {"docs-choice", "word-problems", "code-choice"}
+
+
+def test_an_upload_that_fails_stops_nothing(run: Live) -> None:
+    said = (run.folder / "logs/upload.log").read_text()
+    assert "stage1 step" in said and "failed, the next pass tries again" in said
 
 
 def test_the_second_stage_was_trained_on_the_proposal(run: Live) -> None:

@@ -27,7 +27,7 @@ from recipes.loader import load
 from recipes.plan import Plan
 from tests.cluster.lab import Lab
 from tests.cluster.runs import Live, Site
-from tests.cluster.scenario import Fault, Outcome, Story, finished, tell
+from tests.cluster.scenario import PATIENCE, Fault, Outcome, Story, finished, tell
 from tests.engine.tiny_run import VOCAB, make_run, write_source
 
 pytestmark = pytest.mark.slow
@@ -35,13 +35,12 @@ STEPS = 240
 STAGE = "stage1"
 RECIPE = {
     "parallelism": {"dp": 4}, "batch": {"micro_batch": 2}, "checkpoints": {"interval": 10},
-    "schedule": {"decay_start_step": 2 * STEPS, "decay_steps": 10}, "guard": {"hang_seconds": 10},
+    "schedule": {"decay_start_step": 2 * STEPS, "decay_steps": 10}, "guard": {"hang_seconds": 20},
 }  # fmt: skip
 PROFILE = {
     "extends": "virtual", "all_reduce": False, "signal_seconds": 60,
     "evaluation": {"suite": "rehearsal", "gpus": 0, "cpus": 1, "memory": "2G", "time_limit": "10m", "at_once": 2},
 }  # fmt: skip
-NAN_STEP = 25
 SPOILT = range(26, 34)
 """Steps of which the data is noise."""
 SPOILT_RECIPE = {
@@ -64,7 +63,7 @@ def site(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Site:
 @pytest.fixture(scope="session")
 def outcomes(site: Site) -> dict[str, Outcome]:
     """All stories, told side by side."""
-    tellers = {"undisturbed": undisturbed, "nodes": nodes, "ranks": ranks, "partition": partition, "disk": disk,
+    tellers = {"undisturbed": undisturbed, "nodes": nodes, "ranks": ranks, "partition": partition, "stops": stops,
                "spoilt": spoilt}  # fmt: skip
     if only := os.environ.get("STORIES"):
         tellers = {name: teller for name, teller in tellers.items() if name in only.split(",")}
@@ -82,19 +81,20 @@ def outcomes(site: Site) -> dict[str, Outcome]:
 
 
 def undisturbed(site: Site, outcome: Outcome) -> Story:
-    yield finished(site.train("undisturbed", STAGE), STAGE)
+    run = yield from site.train("undisturbed", STAGE)
+    yield finished(run, STAGE)
 
 
 def nodes(site: Site, outcome: Outcome) -> Story:
     """The controller restarts, an administrator sets a node down, and another node loses its power."""
     lab = site.lab
-    run = site.train("nodes", STAGE)
+    run = yield from site.train("nodes", STAGE)
     job = run.jobs("train", STAGE)[0]
     fault = Fault(run, STAGE, "slurmctld restarted", outcome)
     yield fault.later()
     lab.stop_controller()
     step = run.step(STAGE)
-    lab.until(lambda: run.step(STAGE) > step + 15, 60, "no steps without slurmctld")  # nobody may ask Slurm meanwhile
+    lab.until(lambda: run.step(STAGE) > step + 5, 60, "no steps without slurmctld")  # nobody may ask Slurm meanwhile
     began = time.monotonic()
     lab.start_controller()
     outcome.seconds[fault.name] = (0.0, time.monotonic() - began)
@@ -117,22 +117,8 @@ def nodes(site: Site, outcome: Outcome) -> Story:
 
 
 def ranks(site: Site, outcome: Outcome) -> Story:
-    """A rank writes NaN, another is killed, another hangs, and a checkpoint is damaged."""
-    lab = site.lab
-    site.more = {"RECIPES_TEST_FAULT": f"nan:step={NAN_STEP}:rank=1"}
-    run = site.train("ranks", STAGE)
-    site.more = {}
-    yield lambda: run.step(STAGE) == NAN_STEP - 1, 120, "the step before NaN"
-    began = time.monotonic()
-    yield lambda: run.causes(STAGE) == ["diverged"], 120, "the end by divergence is recorded"
-    outcome.seconds["NaN"] = (time.monotonic() - began, 0.0)
-    state = run.state(STAGE)
-    assert (state["state"], state["step"]) == ("diverged", 20)
-    assert f"step {NAN_STEP}" in state["reason"] and state["reason"].endswith("checkpoints/20"), state
-    job = run.jobs("train", STAGE)[-1]
-    yield lambda: lab.state(job) == "FAILED", 20, "the job has failed"
-    site.train("ranks", STAGE, "--from-step", "20")
-
+    """A rank is killed, another hangs, and the newest checkpoint is damaged while the job waits."""
+    run = yield from site.train("ranks", STAGE)
     fault = Fault(run, STAGE, "rank killed", outcome)
     yield fault.later()
     os.kill(worker(run, 1), signal.SIGKILL)
@@ -141,29 +127,24 @@ def ranks(site: Site, outcome: Outcome) -> Story:
     fault = Fault(run, STAGE, "rank hangs", outcome)
     yield fault.later()
     os.kill(worker(run, 0), signal.SIGSTOP)
-    yield from fault.survive("hang")
+    story = fault.survive("hang")
+    yield next(story)
     stacks = list((run.folder / STAGE / "logs").glob("stacks-*.txt"))
     assert stacks and "in training_step" in stacks[0].read_text()
-
-    fault = Fault(run, STAGE, "checkpoint damaged", outcome)
-    yield fault.later()
-    os.kill(worker(run, 0), signal.SIGKILL)
-    story = fault.survive("crash")
-    yield next(story)
     newest = max((run.folder / STAGE / "checkpoints").glob("*[0-9]"), key=lambda path: int(path.name))
     damage(newest)
     yield from story
     assert (newest.parent / f"{newest.name}.damaged").is_dir()
+    assert f"after {newest.parent / str(int(newest.name) - 10)};" in run.log(STAGE)
     yield finished(run, STAGE)
 
 
 def partition(site: Site, outcome: Outcome) -> Story:
     """A job of a higher partition takes the nodes, and the time limit comes."""
     lab = site.lab
-    low = site.profile.with_name("low.yaml")
-    site.more = {"RECIPES_TEST_FAULT": "slow:seconds=0.4"}  # Slurm looks at time limits only every half minute
-    run = site.train("partition", STAGE, profile=low)
-    site.more = {}
+    slow = {"RECIPES_TEST_FAULT": "slow:seconds=0.4"}  # Slurm looks at time limits only every half minute
+    low = replace(site, profile=site.profile.with_name("low.yaml"), more=slow)
+    run = yield from low.train("partition", STAGE)
     job = run.jobs("train", STAGE)[0]
 
     fault = Fault(run, STAGE, "preemption", outcome)
@@ -188,29 +169,42 @@ def partition(site: Site, outcome: Outcome) -> Story:
     yield finished(run, STAGE)
 
 
-def disk(site: Site, outcome: Outcome) -> Story:
-    """The disk of the checkpoints fills up: training stops; with room, the same launch goes on."""
+def stops(site: Site, outcome: Outcome) -> Story:
+    """The disk of the checkpoints fills up, and later a rank writes NaN: both stop training, for a person to go on."""
     lab = site.lab
-    run = site.train("disk", STAGE)
+    run = yield from site.train("stops", STAGE)
     folder = run.folder / STAGE / "checkpoints"
     folder.mkdir(exist_ok=True)
     lab.mount_small(folder, DISK)
-    fault = Fault(run, STAGE, "disk full", outcome)
-    yield fault.later(25)
+    yield Fault(run, STAGE, "disk full", outcome).later(25)
     ballast = lab.seen(folder) / "ballast"
     with pytest.raises(OSError), open(ballast, "wb") as file:
         while True:
             file.write(bytes(1 << 16))
             file.flush()
-    began = time.monotonic()
-    yield lambda: run.causes(STAGE) == ["disk-full"], 120, "the full disk is recorded"
-    outcome.seconds["disk full"] = (time.monotonic() - began, 0.0)
-    yield lambda: lab.state(run.jobs("train", STAGE)[0]) == "FAILED", 20, "the job has failed"
+    yield from stopped(run, outcome, "disk full", "disk-full")
     assert run.state(STAGE)["exit_code"] == 74 and "free" in run.state(STAGE)["reason"], run.state(STAGE)
     ballast.unlink()
-    site.train("disk", STAGE)
-    yield fault.later()
+
+    before = run.state(STAGE)["step"]
+    nan = before + 15
+    run = yield from replace(site, more={"RECIPES_TEST_FAULT": f"nan:step={nan}:rank=1"}).train("stops", STAGE)
+    yield lambda: run.step(STAGE) == nan - 1, PATIENCE, "the step before NaN"
+    yield from stopped(run, outcome, "NaN", "diverged")
+    state, good = run.state(STAGE), before + 10
+    assert (state["state"], state["step"]) == ("diverged", good)
+    assert f"step {nan}" in state["reason"] and state["reason"].endswith(f"checkpoints/{good}"), state
+    yield from site.train("stops", STAGE, "--from-step", str(good))
     yield finished(run, STAGE)
+
+
+def stopped(run: Live, outcome: Outcome, name: str, cause: str) -> Story:
+    """From a fault that was just done, or is about to come: its cause is written down, and the job ends for good."""
+    began, ends = time.monotonic(), len(run.causes(STAGE))
+    yield lambda: run.causes(STAGE)[ends:] == [cause], PATIENCE, f"{name} is recorded"
+    outcome.seconds[name] = (time.monotonic() - began, 0.0)
+    job = run.jobs("train", STAGE)[-1]
+    yield lambda: run.lab.state(job) == "FAILED", 20, "the job has failed"
 
 
 def spoilt(site: Site, outcome: Outcome) -> Story:
@@ -218,24 +212,21 @@ def spoilt(site: Site, outcome: Outcome) -> Story:
     lab, bad = site.lab, "node30"
     there = spoil(site)
     lab.in_mounts_of(bad, "mount", "-t", "tmpfs", "-o", "size=1M", "small", scratch := str(there.root / "scratch"))
-    run = there.train("spoilt", STAGE, recipe="spoilt")
+    run = yield from there.train("spoilt", STAGE, recipe="spoilt")
     job = run.jobs("train", STAGE)[0]
-    yield lambda: bool(run.events("start", STAGE)), 60, "the first start"
+    yield lambda: bool(run.events("start", STAGE)), PATIENCE, "the first start"
     fault = Fault(run, STAGE, "bad node", outcome)
     yield from fault.survive("bad-node")
     assert run.events("end", STAGE)[0]["detail"] == f"{bad}: 0.0 GB free for temporary files"
     assert lab.hosts(job) == ["node31", "node32"]  # the profile's exclusions stay
 
-    yield lambda: run.step(STAGE) >= SPOILT.start - 1, 60, "the step before the spike"
-    began = time.monotonic()
-    yield lambda: run.causes(STAGE)[1:] == ["diverged"], 60, "the end by divergence is recorded"
-    outcome.seconds["loss spike"] = (time.monotonic() - began, 0.0)
+    yield lambda: run.step(STAGE) >= SPOILT.start - 1, PATIENCE, "the step before the spike"
+    yield from stopped(run, outcome, "loss spike", "diverged")
     good = SPOILT.start - 1
     assert run.state(STAGE)["reason"].endswith(f"checkpoints/{good}"), run.state(STAGE)
-    yield lambda: lab.state(job) == "FAILED", 20, "the job has failed"
     lab.in_mounts_of(bad, "umount", scratch)
     tokens = str(len(SPOILT) * 256)
-    there.train("spoilt", STAGE, "--from-step", str(good), "--skip-tokens", tokens, recipe="spoilt")
+    yield from there.train("spoilt", STAGE, "--from-step", str(good), "--skip-tokens", tokens, recipe="spoilt")
     yield finished(run, STAGE)
     assert max(loss for step, loss in run.losses(STAGE).items() if step > good) < 4
     assert "left out on purpose" in there.smol("audit", "spoilt", "--digests")
@@ -291,7 +282,7 @@ def damage(checkpoint: Path) -> None:
 # What came of them
 
 
-@pytest.mark.parametrize("story", ["undisturbed", "nodes", "ranks", "partition", "disk", "spoilt"])
+@pytest.mark.parametrize("story", ["undisturbed", "nodes", "ranks", "partition", "stops", "spoilt"])
 def test_it_went_as_documented(story: str, outcomes: dict[str, Outcome], site: Site) -> None:
     if story not in outcomes:
         pytest.skip("the variable STORIES leaves it out")
@@ -299,7 +290,7 @@ def test_it_went_as_documented(story: str, outcomes: dict[str, Outcome], site: S
     assert error is None, f"{error}\n{site.run(story).log(STAGE)}"
 
 
-@pytest.mark.parametrize("story", ["nodes", "ranks", "partition", "disk"])
+@pytest.mark.parametrize("story", ["nodes", "ranks", "partition", "stops"])
 def test_every_loss_and_the_ledger_are_the_undisturbed_runs(
     story: str, outcomes: dict[str, Outcome], site: Site
 ) -> None:
