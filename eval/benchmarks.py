@@ -127,7 +127,7 @@ def check_data(benchmark: str, data_root: Path | None, shots: int = 0) -> None:
     """Looks whether a benchmark's local data can be read; of the Hub's nothing is checked here.
 
     Raises:
-        UserError: no such benchmark; a folder, a split, items or a column are missing.
+        UserError: no such benchmark; a folder, a split, items, shots or a column are missing.
     """
     if benchmark not in DATASETS:
         raise UserError(f"there is no benchmark '{benchmark}'", f"name one of {', '.join(DATASETS)}")
@@ -141,44 +141,43 @@ def check_data(benchmark: str, data_root: Path | None, shots: int = 0) -> None:
         fix = "add one folder for each subtask you have, with its split's file inside"
         raise UserError(f"{benchmark} has none of its {len(dataset.subtasks)} subtasks here", fix,
                         _folder(benchmark, data_root))  # fmt: skip
-    splits = [dataset.split, *([dataset.shots_split] if shots and dataset.shots_split else [])]
+    least = {dataset.split: 1, **({dataset.shots_split: shots} if shots and dataset.shots_split else {})}
     for folder in (local_folder(name, data_root) for name in names):
-        for split in splits:
-            _check_split(folder, split, dataset.columns)
+        for split, rows in least.items():
+            _check_split(folder, split, dataset.columns, rows)
 
 
-def _check_split(folder: Path, split: str, columns: tuple[str, ...]) -> None:
+def _check_split(folder: Path, split: str, columns: tuple[str, ...], least: int) -> None:
     file = local_files(folder).get(split)
     if file is None:
         there = ", ".join(sorted(p.name for p in folder.glob("*"))) if folder.is_dir() else "no such folder"
         raise UserError(f"no {split}.jsonl or {split}.parquet ({there or 'the folder is empty'})", "add it", folder)
-    found = _columns(file)
+    rows, found = _rows_and_columns(file)
+    if rows < least:
+        text = f"{rows} rows, where {least} are to be shots" if rows else "this dataset has no items"
+        raise UserError(text, f"write at least {least}", file)
     if missing := [name for name in columns if name not in found]:
         text = f"the column {' and '.join(missing)} is missing; there are {', '.join(found) or 'none'}"
         raise UserError(text, "write the columns that the Hub's dataset has", file)
 
 
-def _columns(file: Path) -> list[str]:
-    """The columns of a file's first row.
+def _rows_and_columns(file: Path) -> tuple[int, list[str]]:
+    """How many rows a file has, and the columns of the first.
 
     Raises:
-        UserError: it has no rows, or is damaged.
+        UserError: it is damaged.
     """
     try:
         if file.suffix == ".parquet":
             import pyarrow.parquet as pq
 
             table = pq.ParquetFile(file)
-            rows, names = table.metadata.num_rows, list(table.schema_arrow.names)
-        else:
-            with open(file, encoding="utf-8") as lines:
-                first = next((line for line in lines if line.strip()), "")
-            rows, names = len(first), list(json.loads(first)) if first else []
+            return table.metadata.num_rows, list(table.schema_arrow.names)
+        with open(file, encoding="utf-8") as lines:
+            rows = [line for line in lines if line.strip()]
+        return len(rows), list(json.loads(rows[0])) if rows else []
     except (OSError, ValueError) as error:
         raise UserError(f"this dataset cannot be read ({error})", "write it again", file) from None
-    if not rows:
-        raise UserError("this dataset has no items", "write at least one", file)
-    return names
 
 
 def data_identity(benchmark: str, data_root: Path | None) -> str:

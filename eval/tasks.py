@@ -1,7 +1,7 @@
 """The benchmarks for lighteval 0.13: a custom task module, made from eval/benchmarks.py.
 
 `EVAL_DATA_ROOT` names the folder of local datasets; without it the Hub's are read, at pinned revisions.
-Without shots the prompts are those of SmolLM2's public task file (text/evaluation/tasks.py of huggingface/smollm), but
+Without shots the prompts are those of SmolLM2's public task file (text/evaluation/smollm2 of huggingface/smollm), but
 for what docs/decisions.md lists; lighteval joins instruction, shots and query by blank lines.
 """
 

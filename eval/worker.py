@@ -74,7 +74,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
         rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
         return rows
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:

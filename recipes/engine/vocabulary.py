@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer
 
 from recipes.data.manifest import MANIFEST, Manifest, tokenizer_sha256
 from recipes.engine.checkpoint import Checkpoint
+from recipes.engine.layout import read_json
 from recipes.errors import UserError
 from recipes.files import write_atomic, write_json
 from recipes.run import RUN_FILE, Run
@@ -109,7 +109,7 @@ def copy_tokenizer(model: Path, folder: Path) -> None:
 def _end_of_text(file: Path) -> str:
     """The token that the tokenizer_config.json beside a tokenizer.json ends texts with."""
     config = file.with_name(TOKENIZER_CONFIG)
-    content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    content = read_json(config) if config.is_file() else {}
     token = content.get("eos_token") or END_OF_TEXT
     return str(token["content"] if isinstance(token, dict) else token)
 

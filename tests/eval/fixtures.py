@@ -9,7 +9,7 @@ from typing import Any
 LETTERS = ["A", "B", "C", "D"]
 OPTIONS = [
     ["a red stone", "water", "nothing at all", "two birds"],
-    ["Paris", "the moon", "seven", "a long, cold night"],
+    ["Paris", "the moon", "seven", "a long,\u2028cold night"],  # a line's end, but not of the file's
     ["iron", "a tree", "light", "the number nine"],
 ]
 
@@ -90,7 +90,7 @@ def write_datasets(root: Path) -> Path:
     for name, rows in datasets().items():
         path = root / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return root
 
 

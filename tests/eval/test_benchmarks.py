@@ -60,6 +60,14 @@ def test_shots_need_their_split(root: Path) -> None:
     assert "train.jsonl" in refused("gsm8k", root, shots=5)
 
 
+def test_too_few_shots_are_not_made_do_with(root: Path) -> None:
+    """lighteval takes those there are, and says nothing."""
+    train = root / "gsm8k" / "train.jsonl"
+    train.write_text("".join(train.read_text().splitlines(keepends=True)[:4]))
+    check_data("gsm8k", root, shots=4)
+    assert "4 rows, where 5 are to be shots" in refused("gsm8k", root, shots=5)
+
+
 def test_parquet_is_read_too(root: Path) -> None:
     (root / "gsm8k" / "test.jsonl").unlink()
     pq.write_table(pa.table({"question": ["1?"], "answer": ["#### 1"]}), root / "gsm8k" / "test.parquet")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from eval.benchmarks import DATASETS
 from eval.feedback import POLICY, load_policy
@@ -17,6 +18,15 @@ def test_every_suite_names_benchmarks_there_are() -> None:
     for name in suite_names():
         assert set(load_suite(name).benchmarks) <= set(DATASETS)
     assert set(load_suite("final-base").benchmarks) | set(load_suite("rehearsal").benchmarks) == set(DATASETS)
+
+
+def test_shots_and_items_are_the_published_ones() -> None:
+    suite = load_suite("final-base").benchmarks
+    assert {name: b.shots for name, b in suite.items() if b.shots} == {"gsm8k": 5, "math": 4}
+    items = yaml.safe_load(POLICY.with_name("published.yaml").read_text())["items"]
+    assert {name: b.items for name, b in suite.items() if name in items} == {n: sum(i) for n, i in items.items()}
+    assert {n for n, b in suite.items() if b.chance == 50} == {"piqa", "winogrande"}
+    assert load_suite("quick").benchmarks["gsm8k"].limit == 200
 
 
 @pytest.mark.parametrize(
