@@ -46,6 +46,7 @@ class Subject:
     """What is evaluated: a checkpoint of a run, or a model in transformers' format."""
 
     recipe: str
+    """Of a model folder its name; so is the stage."""
     stage: str
     step: int
     tokens: int
@@ -100,8 +101,9 @@ def subject_of(path: Path) -> Subject:
         listing = json.dumps([asdict(entry) for entry in list_files(path)])
         from xxhash import xxh3_128_hexdigest
 
-        work = runs_folder() / "models" / path.resolve().name / "eval"
-        return Subject(path.resolve().name, "model", 0, 0, xxh3_128_hexdigest(listing.encode()), path, work)
+        name = path.resolve().name
+        work = runs_folder() / "models" / name / "eval"
+        return Subject(name, name, 0, 0, xxh3_128_hexdigest(listing.encode()), path, work)
     checkpoint = Checkpoint.load(path)
     folder = path.resolve().parents[2]
     if not (folder / RUN_FILE).is_file():
@@ -293,11 +295,13 @@ def _keep(subject: Subject, suite: Suite, name: str, key: dict[str, Any], code: 
     if code == 0 and raw.is_file():
         content = json.loads(raw.read_text(encoding="utf-8"))
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        _file(subject, suite, name, ".raw.items.jsonl").replace(_file(subject, suite, name, ".items.jsonl"))
         write_json(_file(subject, suite, name, ".json"), {**content, "key": key, "date": date})
         raw.unlink()
     elif code == 2:
         log = _file(subject, suite, name, ".log")
-        raise UserError(f"{name}: {_last_line(log).removeprefix('error: ')}".rstrip("."), "then run it again", log)
+        said = _last_line(log).removeprefix("error: ").removeprefix(f"{name}: ").rstrip(".")
+        raise UserError(f"{name}: {said}", "then run it again", log)
 
 
 def _bars(console: Console) -> Progress:

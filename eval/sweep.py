@@ -104,7 +104,7 @@ def scores_tables(cards: Sequence[Scorecard], published: Sequence[Published] = (
     parts = _packed([*own, *theirs], room)
     if len(parts) > 1:
         parts = [*_packed(own, room), *_packed(theirs, room)]
-    title = _title(cards) + (f"; ▲ ▼ moved by more than {SIGNIFICANT:g} standard errors" if len(cards) > 1 else "")
+    title = _title(cards) + (f" (▲ ▼: > {SIGNIFICANT:g} SE)" if len(cards) > 1 else "")
     return [_table(title if part[0] in own else "published", part, names) for part in parts]
 
 
@@ -129,9 +129,9 @@ def _own_columns(cards: Sequence[Scorecard]) -> list[Column]:
     differ = [what for what in ("recipe", "suite") if len({getattr(card, what) for card in cards}) > 1]
     columns = []
     for i, card in enumerate(cards):
-        head = [getattr(card, what) for what in differ] + [card.stage] + ([amount(card.tokens)] if card.tokens else [])
+        head = dict.fromkeys([*(getattr(card, what) for what in differ), card.stage])
         cells = {name: _cell(result, _before(cards[:i], card, name)) for name, result in card.benchmarks.items()}
-        columns.append(Column("\n".join(head), cells))
+        columns.append(Column("\n".join([*head, *([amount(card.tokens)] if card.tokens else [])]), cells))
     return columns
 
 

@@ -8,16 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from eval.harness import Options, scorecard_path, subject_of, with_limit
-from eval.scorecard import Scorecard
+from eval.harness import Options, Subject, _keep, _result, scorecard_path, subject_of, with_limit
+from eval.scorecard import Score, Scorecard
 from eval.suite import load_suite
+from recipes.cli import app
 from recipes.engine.checkpoint import MANIFEST
 from recipes.errors import UserError
 from recipes.files import checksum
 from recipes.run import Run
 from tests.engine import tiny_run
-from tests.eval.fixtures import write_datasets, write_model
+from tests.eval.fixtures import write_datasets
 
 pytestmark = pytest.mark.slow
 SUITE = "extends: rehearsal\nonly: [docs-choice, code-choice]\n"
@@ -53,6 +55,9 @@ def test_a_crash_keeps_the_others_and_the_same_command_goes_on(run: Run, tmp_pat
     assert crashed.returncode == 1, crashed.stderr
     assert "1 of 2 benchmarks crashed" in crashed.stderr and "code-choice: IndexError" in crashed.stderr
     assert (results / "docs-choice.json").is_file() and not (results / "code-choice.json").exists()
+    assert len((results / "docs-choice.items.jsonl").read_text().splitlines()) == 3 and not list(
+        results.glob("*.raw.*")
+    )
     assert not list((tmp_path / "scores").glob("*"))
 
     kept = (results / "docs-choice.json").read_bytes()
@@ -81,11 +86,14 @@ def test_a_crash_keeps_the_others_and_the_same_command_goes_on(run: Run, tmp_pat
 
 
 def test_a_model_folder_is_evaluated_as_it_is(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "published")
+    model = tmp_path / "published"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"weights")
     subject = subject_of(model)
-    assert (subject.recipe, subject.name, subject.run) == ("published", "model-0", None)
+    assert (subject.recipe, subject.name, subject.run) == ("published", "published-0", None)
     again = subject_of(model).hash
-    write_model(model, seed=1)
+    (model / "model.safetensors").write_bytes(b"others.")
     assert again == subject.hash != subject_of(model).hash
 
 
@@ -110,9 +118,28 @@ def test_bad_input_runs_nothing(run: Run, tmp_path: Path) -> None:
     }
     before = sorted(run.folder.rglob("*"))
     for said, arguments in cases.items():
-        done = smol(tmp_path, "eval", checkpoint(run), *arguments)
-        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+        done = CliRunner().invoke(app, ["eval", str(checkpoint(run)), *map(str, arguments)])
+        assert isinstance(done.exception, UserError) and said in str(done.exception)
     assert sorted(run.folder.rglob("*")) == before
+
+
+def test_what_a_process_says_is_wrong_is_said_once_and_leaves_no_result(tmp_path: Path) -> None:
+    subject, suite = Subject("m", "m", 0, 0, "h", tmp_path, tmp_path), load_suite("rehearsal")
+    log = tmp_path / "rehearsal" / "docs-choice.log"
+    log.parent.mkdir()
+    log.write_text("loading\nerror: docs-choice: the model yields NaN or infinity (acc). Look at the loss.\n")
+    with pytest.raises(UserError) as error:
+        _keep(subject, suite, "docs-choice", {}, 2)
+    assert str(error.value).count("docs-choice: the model yields NaN") == str(error.value).count("docs-choice: ") == 1
+    assert list(log.parent.iterdir()) == [log]
+
+
+def test_a_benchmark_of_several_subtasks_has_the_error_of_their_average() -> None:
+    """lighteval's own is the mean of the errors: 2 here."""
+    subtasks = {name: {"acc": {"value": 30.0 + i, "stderr": 2.0, "items": 10}} for i, name in enumerate("abcd")}
+    content = {"subtasks": subtasks, "version": 1, "key": {"data": "local:0"}}
+    found = _result(load_suite("final-base").benchmarks["mmlu-mc"], content)
+    assert found.score == Score(31.5, 1.0, 40) and found.subtasks["c"]["acc"] == Score(32.0, 2.0, 10)
 
 
 def test_scorecards_are_named_by_checkpoint_and_suite(run: Run) -> None:
