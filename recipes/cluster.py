@@ -51,6 +51,18 @@ def _line(value: str) -> str:
     return value
 
 
+def _bare(value: str) -> str:
+    if not re.fullmatch(r"[^\s'\"]+", value):
+        raise ValueError("write it without spaces or quotes")
+    return value
+
+
+def _variable(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        raise ValueError("write a variable's name: letters, digits and underscores, not beginning with a digit")
+    return value
+
+
 def _text(value: object) -> str:
     """A variable's value: numbers as they are written."""
     if isinstance(value, (bool, dict, list)) or value is None or "\n" in str(value):
@@ -66,7 +78,8 @@ Minutes = Annotated[int, BeforeValidator(_minutes), PlainSerializer(_as_duration
 Word = Annotated[str, AfterValidator(_word)]
 SitePath = Annotated[str, AfterValidator(_path)]
 ShellLine = Annotated[str, AfterValidator(_line)]
-Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Bare = Annotated[str, AfterValidator(_bare)]
+Variable = Annotated[str, AfterValidator(_variable)]
 
 
 def _memory(value: object) -> str:
@@ -79,7 +92,7 @@ def _memory(value: object) -> str:
 class Container(Strict):
     """An image that srun starts tasks in (enroot and pyxis)."""
 
-    image: Annotated[str, Field(pattern=r"^[^\s'\"]+$")]
+    image: Bare
     """A file, or registry#image:tag."""
     mounts: tuple[SitePath, ...] = ()
     """FROM:TO each; the repository, `shared` and `scratch` are mounted anyway."""
@@ -88,7 +101,7 @@ class Container(Strict):
 class Mail(Strict):
     """Whom Slurm writes to, and when."""
 
-    user: Annotated[str, Field(pattern=r"^[^\s'\"]+$")]
+    user: Bare
     events: tuple[Literal["BEGIN", "END", "FAIL", "REQUEUE", "TIME_LIMIT_90", "ALL"], ...] = ("FAIL", "END")
 
 
@@ -107,7 +120,7 @@ class Sweep(Strict):
     """Tasks that run at a time."""
     partition: Word | None = None
     """If not the training's."""
-    options: tuple[Annotated[str, Field(pattern=r"^\S+$")], ...] = ()
+    options: tuple[Bare, ...] = ()
     """Words that `smol eval` gets beside the suite and the benchmark, such as --allow-code."""
 
 

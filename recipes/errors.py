@@ -17,10 +17,11 @@ class UserError(ValueError):
     """Wrong input: where it is, what was found, and what to write or do instead."""
 
     def __init__(self, found: str, fix: str, file: Path | str | None = None, where: str | None = None) -> None:
-        """`where` is a key path or a line inside `file`; `found` and `fix` are sentences without a final stop."""
+        """`where` is a key path or a line inside `file`; `found` ends without a stop, `fix` too."""
         self.found, self.fix, self.file, self.where = found, fix, file, where
         place = ": ".join(part for part in (file and shown(file), where) if part)
-        super().__init__(f"{place + ': ' if place else ''}{found}. {fix[:1].upper()}{fix[1:]}.")
+        end = "" if found.endswith("\n") else ". "
+        super().__init__(f"{place + ': ' if place else ''}{found}{end}{fix[:1].upper()}{fix[1:]}.")
 
     def __reduce__(self) -> tuple[type[UserError], tuple[object, ...]]:
         """Survives the way from a worker process."""

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from recipes import slurm
-from recipes.chain import SCRIPT, Link, cost_table, draw_tree, make_chain, stage_after
+from recipes.chain import MARGIN, SCRIPT, Link, cost_table, draw_tree, make_chain, stage_after
 from recipes.cluster import load_frozen
 from recipes.errors import UserError, shown
 from recipes.files import append_line, read_lines, write_atomic
@@ -117,6 +117,8 @@ def show(order: Order, checks: Sequence[Check], from_step: int | None, skip_toke
     jobs, notes, problems = ask_slurm(order)
     console.print(head(order), highlight=False)
     console.print(draw_tree(order.name, title(order), order.chain, order.plan, order.cluster, notes))
+    if any(link.jobs > 1 for link in order.chain):
+        console.print(f"jobs in turn: for {MARGIN} × the planned time; a stage's end takes those left out of the queue")
     console.print(cost_table(order.chain, order.plan))
     first: list[Check] = [] if jobs is None and order.run else [partial(check_start, jobs=jobs or {})]
     if from_step is not None:

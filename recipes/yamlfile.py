@@ -157,6 +157,13 @@ def typed(kind: type[M], raw: dict[str, Any], places: Places) -> M:
         raise typed_error(places, key, *_explain(kind, key, first)) from None
 
 
+_SHAPES = {
+    "tuple_type": "write a list, such as [one, two]", "dict_type": "write a mapping: `key: value` lines",
+    "model_type": "write a mapping: `key: value` lines", "string_type": "write one word",
+}  # fmt: skip
+"""What to write instead, by pydantic's types of errors that say it in a programmer's words."""
+
+
 def _explain(kind: type[Any], key: Key, error: Any) -> tuple[str, str]:
     """What was found and what to write instead, for one of pydantic's errors."""
     if error["type"] == "extra_forbidden":
@@ -165,7 +172,9 @@ def _explain(kind: type[Any], key: Key, error: Any) -> tuple[str, str]:
         return f"the key '{key[-1]}' is unknown", f"write '{near[0]}'" if near else f"write one of {', '.join(known)}"
     if error["type"] == "missing":
         return f"the key '{key[-1]}' is missing", "add it (docs/formats.md says what it means)"
-    fix = str(error["ctx"]["error"]) if error["type"] == "value_error" else _sentence(error["msg"])
+    fix = _SHAPES.get(error["type"]) or (
+        str(error["ctx"]["error"]) if error["type"] == "value_error" else _sentence(error["msg"])
+    )
     return f"found {_shown(error['input'])}", fix
 
 

@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from recipes.cluster import CLUSTERS, FROZEN, Cluster, cluster_names, hours, load_cluster, load_frozen, slurm_time
+from recipes.cluster import (
+    CLUSTERS,
+    FROZEN,
+    Cluster,
+    Container,
+    Mail,
+    Sweep,
+    cluster_names,
+    hours,
+    load_cluster,
+    load_frozen,
+    slurm_time,
+)
 from recipes.errors import UserError
 from recipes.loader import load
 from recipes.yamlfile import read_yaml
@@ -69,7 +81,13 @@ def test_a_frozen_profile_stands_alone(tmp_path: Path) -> None:
         ("partition: a b\n", "without spaces or quotes"),
         ("partition: $(id)\n", "without spaces or quotes"),
         ("account: --wrap=x\n", "without spaces or quotes"),
-        ("env: {1X: y}\n", "env.1X"),
+        ("env: {1X: y}\n", "env.1X.[key]: found '1X'. Write a variable's name"),
+        ("modules: cuda\n", "modules: found 'cuda'. Write a list, such as [one, two]"),
+        ("mail: me@x\n", "mail: found 'me@x'. Write a mapping"),
+        ("mail: {user: a b}\n", "mail.user: found 'a b'. Write it without spaces or quotes"),
+        ("exclude: [a]\n", "exclude: found ['a']. Write one word"),
+        ("evaluation: {at_onse: 2}\n", "evaluation.at_onse: the key 'at_onse' is unknown. Write 'at_once'"),
+        ("container: {imag: x}\n", "container.imag: the key 'imag' is unknown. Write 'image'"),
         ("env: {X: [a]}\n", "a word, a number or a quoted text"),
         ("scratch: tmp\n", "an absolute path"),
         ("scratch: /tmp/`id`\n", "an absolute path"),
@@ -81,7 +99,7 @@ def test_a_frozen_profile_stands_alone(tmp_path: Path) -> None:
         ("extends: h100\n", "there is no cluster profile 'h100'"),
         ("extends: mine\n", "the profiles extend one another"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
     kept = [line for line in PRIVATE.splitlines() if line.split(":")[0] != text.split(":")[0]]
     with pytest.raises(UserError) as error:
@@ -114,6 +132,8 @@ def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "clusters.md").read_text()
     for key in Cluster.model_fields:
         assert key == "name" or f"| {key}" in text or f", {key}" in text, key
+    for key in (*Container.model_fields, *Mail.model_fields, *Sweep.model_fields):
+        assert f"`{key}`" in text, key
 
 
 def test_network_settings_carry_a_reason() -> None:

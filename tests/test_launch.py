@@ -203,7 +203,7 @@ def test_the_recipes_mixture_edited_after_its_approval_is_refused_with_the_edit(
         order()
     text = str(error.value)
     assert "\n-      fineweb-edu: 0.60" in text and "\n+      fineweb-edu: 0.50" in text
-    assert "Restore it from runs/tiny/approvals/stage1.yaml, or launch under another name" in text
+    assert "\nRestore it from runs/tiny/approvals/stage1.yaml, or launch under another name" in text
     assert "smol approve tiny stage1 --mixture mixtures/smollm2-1.7b/stage1.yaml" in text
     run.stage_folder("stage1").mkdir()
     append_line(run.stage_folder("stage1") / "ledger.jsonl", {"from_step": 0, "to_step": 1, "tokens": {}})
