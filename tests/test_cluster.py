@@ -99,7 +99,7 @@ def test_a_frozen_profile_stands_alone(tmp_path: Path) -> None:
         ("extends: h100\n", "there is no cluster profile 'h100'"),
         ("extends: mine\n", "the profiles extend one another"),
     ],
-)
+)  # fmt: skip
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
     kept = [line for line in PRIVATE.splitlines() if line.split(":")[0] != text.split(":")[0]]
     with pytest.raises(UserError) as error:
