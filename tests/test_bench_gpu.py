@@ -66,7 +66,7 @@ def test_correctness_and_every_variant_are_measured(tmp_path: Path, capsys: pyte
 
 def test_a_case_that_fails_is_a_row_with_its_reason(tmp_path: Path) -> None:
     cases = Case("products", "products", steps=2), Case("logits", "logits", paths={"run": "nowhere"})
-    good, bad = bench_of(tmp_path).run(*cases)
+    good, bad = bench_of(tmp_path).run(*cases, together=True)
     assert good["flops_per_second"] > 0 and "failed" not in good
     assert bad["name"] == "logits" and bad["failed"].startswith("exit code 1: ") and "this is no run" in bad["failed"]
 
