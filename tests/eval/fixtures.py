@@ -97,7 +97,7 @@ def write_datasets(root: Path) -> Path:
 def write_model(folder: Path, seed: int = 0, chat_template: str | None = None, nan: bool = False) -> Path:
     """A random Llama of two layers in transformers' format; returns its folder."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -105,6 +105,8 @@ def write_model(folder: Path, seed: int = 0, chat_template: str | None = None, n
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    begin = "<|endoftext|>"  # what a tokenizer may add, and SmolLM2 was not trained with
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 0)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
     fast.chat_template = chat_template
     torch.manual_seed(seed)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from eval.sandbox import INSIDE, check_sandbox, run_code
-from eval.sandbox_inside import FILE_BYTES
+from eval.sandbox_inside import FILE_BYTES, TIMEOUT
 from recipes.errors import UserError
 
 MEMORY = 256 << 20
@@ -41,6 +41,13 @@ def test_an_endless_loop_is_ended() -> None:
     assert run("while True: pass", seconds=1) == "timeout"
     assert run("import time\ntime.sleep(60)", seconds=1) == "timeout"
     assert time.monotonic() - began < 20
+
+
+def test_an_endless_loop_ends_without_anyone_outside(tmp_path: Path) -> None:
+    """The evaluation may be killed in the meantime."""
+    (tmp_path / "program.py").write_text("while True: pass")
+    command = [sys.executable, "-I", str(INSIDE), str(tmp_path), "0.5", str(MEMORY)]
+    assert subprocess.run(command, timeout=60).returncode == TIMEOUT
 
 
 def test_memory_is_limited() -> None:
@@ -120,11 +127,25 @@ def test_the_environment_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> No
     assert run("import os; assert 'HF_TOKEN' not in os.environ") == "passed"
 
 
-def test_where_something_is_missing_nothing_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    inside = tmp_path / "inside.py"
-    inside.write_text(INSIDE.read_text().replace("os.uname().machine", "'abacus'"))
-    monkeypatch.setattr("eval.sandbox.INSIDE", inside)
-    with pytest.raises(UserError, match=r"cannot be shut in here \(system calls of abacus are unknown\)"):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"os.uname().machine": "'abacus'"}, "system calls of abacus are unknown"),
+        ({"return not libc.syscall": "return 0 and libc.syscall", "return ruleset": "return 0 and ruleset"},
+         "no read-only mounts, and no Landlock"),
+        ({"libc.unshare(": "libc.syscall(-1, "}, "no namespaces"),
+    ],
+)  # fmt: skip
+def test_where_something_is_missing_nothing_is_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, str], said: str
+) -> None:
+    text = INSIDE.read_text()
+    for here, there in changes.items():
+        assert here in text
+        text = text.replace(here, there)
+    (tmp_path / "inside.py").write_text(text)
+    monkeypatch.setattr("eval.sandbox.INSIDE", tmp_path / "inside.py")
+    with pytest.raises(UserError, match=f"cannot be shut in here .*{said}"):
         run("pass")
 
 
