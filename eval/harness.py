@@ -158,7 +158,8 @@ def evaluate(
         kept = "the others' results are kept, and the same command runs only these again"
         raise Incomplete(f"{len(crashed)} of {len(names)} benchmarks crashed; {kept}:{told}")
     results = {name: result for name, result in found.items() if result is not None}
-    if len(results) < len(found):
+    if lacking := [name for name in found if name not in results]:
+        console.print(f"{subject.name}: no scorecard yet, no result of {', '.join(lacking)}", highlight=False)
         return None
     card = _scorecard(subject, suite, results)
     card.save(scorecard_path(subject, suite.name, options))

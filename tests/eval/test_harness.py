@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from eval.harness import Options, Subject, _keep, _result, scorecard_path, subject_of, with_limit
-from eval.scorecard import Score, Scorecard
+from eval.harness import (
+    Options,
+    Subject,
+    _file,
+    _keep,
+    _key,
+    _result,
+    evaluate,
+    scorecard_path,
+    subject_of,
+    with_limit,
+)
+from eval.scorecard import Score, Scorecard, scorecards
 from eval.suite import load_suite
 from recipes.cli import app
 from recipes.engine.checkpoint import MANIFEST
 from recipes.errors import UserError
-from recipes.files import checksum
+from recipes.files import checksum, write_json
 from recipes.run import Run
 from tests.engine import tiny_run
 from tests.eval.fixtures import write_datasets
@@ -95,6 +108,23 @@ def test_a_model_folder_is_evaluated_as_it_is(tmp_path: Path) -> None:
     again = subject_of(model).hash
     (model / "model.safetensors").write_bytes(b"others.")
     assert again == subject.hash != subject_of(model).hash
+
+
+def test_a_scorecard_is_written_when_no_result_is_missing(tmp_path: Path) -> None:
+    """Results are written by hand here, so that nothing has to run."""
+    subject, suite = Subject("m", "m", 0, 0, "h", tmp_path, tmp_path), load_suite("rehearsal")
+    options = Options(data_root=write_datasets(tmp_path / "data"), scores=tmp_path / "scores")
+    console = Console(file=io.StringIO(), width=200)
+    for i, name in enumerate(suite.benchmarks):
+        scores = {name: {suite.benchmarks[name].metric: {"value": 2.0, "stderr": 0.1, "items": 3}}}
+        content = {"subtasks": scores, "version": 1, "versions": {}, "date": f"2026-01-0{i + 1}"}
+        write_json(_file(subject, suite, name, ".json"), {**content, "key": _key(subject, suite, name, options)})
+        card = evaluate(subject, suite, options, console, only=[name])
+    assert card and card.date == "2026-01-03" and card.benchmarks["code-choice"].score == Score(2.0, 0.1, 3)
+    assert scorecards(tmp_path / "scores") == [card]
+    said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert said == ["m-0: no scorecard yet, no result of code-choice, word-problems",
+                    "m-0: no scorecard yet, no result of word-problems"]  # fmt: skip
 
 
 def test_what_is_no_checkpoint_of_a_run_is_refused(run: Run, tmp_path: Path) -> None:
