@@ -180,7 +180,7 @@ def code_text(run: Run | None) -> str:
     now = code_revision()
     before = run.settings["code"]["revision"] if run else now["revision"]
     text = f"revision {str(now['revision'])[:12]}" if now["revision"] else "not in git"
-    text += ", [yellow]with changes that are not committed[/]" if now["changed"] else ""
+    text += ", [yellow]changes not committed[/]" if now["changed"] else ""
     return text + (f"; [yellow]the run was created with {str(before)[:12]}[/]" if before != now["revision"] else "")
 
 

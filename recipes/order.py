@@ -173,8 +173,20 @@ def check_data(order: Order, tokenizer: str | None, checksums: bool, console: Co
 
 
 def check_suite(order: Order) -> None:
-    """Raises UserError if the suite runs programs that the model writes, and the profile does not allow it."""
-    sweep = order.cluster.evaluation
+    """Raises UserError for words that `smol eval` does not take, or programs of the model that they do not allow."""
+    from typer import Typer
+    from typer.exceptions import TyperException
+    from typer.main import get_command
+
+    from recipes.cli_evaluation import eval_
+
+    sweep, app = order.cluster.evaluation, Typer()
+    app.command()(eval_)
+    try:
+        get_command(app).make_context("eval", ["CHECKPOINT", "--suite", sweep.suite, *sweep.options])
+    except TyperException as error:
+        found = f"evaluation.options are not what `smol eval` takes: {error.format_message()}"
+        raise UserError(found, "correct them; smol eval --help lists them", order.cluster.name) from None
     if "humaneval" in order.suite.benchmarks and "--allow-code" not in sweep.options:
         fix = "write `evaluation: {options: [--allow-code]}` in the profile, or name a suite without it"
         raise UserError(f"{sweep.suite}'s humaneval runs programs that the model has written", fix, order.cluster.name)

@@ -14,7 +14,7 @@ from recipes.errors import UserError
 from recipes.files import append_line
 from recipes.gate import approve, record
 from recipes.jobs import facts, main, next_step, source
-from recipes.launch import check_start, done, lacking, launch, locked, options
+from recipes.launch import check_start, code_text, done, lacking, launch, locked, options
 from recipes.order import Order, check_data, prepare
 from recipes.run import Run
 from tests.conftest import ROOT, TINY, write_source
@@ -325,8 +325,19 @@ def test_programs_of_the_model_need_consent(site: Path) -> None:
     change(site, "suite.yaml", "code-choice:", "humaneval:")
     code, text = go(dry_run=True)
     assert code == 2 and "humaneval runs programs that the model has written" in text
-    change(site, "mine.yaml", "suite: ", "options: [--allow-code], suite: ")
+    change(site, "mine.yaml", "suite: ", "options: [--alow-code], suite: ")
+    assert "evaluation.options are not what `smol eval` takes: No such option: --alow-code" in go(dry_run=True)[1]
+    change(site, "mine.yaml", "--alow-code", "--allow-code")
     assert go(dry_run=True)[0] == 0
+
+
+def test_the_code_that_jobs_run_is_named(site: Path) -> None:
+    run = create(site)
+    now = run.settings["code"]["revision"]
+    assert code_text(None).startswith(f"revision {now[:12]}") and "created" not in code_text(run)
+    assert ("changes not committed" in code_text(run)) == run.settings["code"]["changed"]
+    run.settings["code"]["revision"] = "0" * 40
+    assert code_text(run).endswith("; [yellow]the run was created with 000000000000[/]")
 
 
 def test_a_dry_run_says_where_it_would_go_back_to(site: Path) -> None:

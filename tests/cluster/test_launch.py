@@ -52,6 +52,12 @@ def words(site: Site) -> list[str]:
     return [*WORDS, "--cluster", str(site.profile), "--data", str(site.data), "--tokenizer", str(site.tokenizer)]
 
 
+def test_a_stage_without_first_weights_is_refused(site: Site) -> None:
+    refused = site.try_smol("launch", *words(site), "--stages", "stage3")
+    assert refused.returncode == 2 and "which is neither trained nor queued" in refused.stderr, refused
+    assert names(site) == {} and not (site.root / "runs/cut").exists()
+
+
 def test_a_refusal_in_the_middle_says_what_is_in_the_queue(site: Site, tmp_path: Path) -> None:
     wrapper = tmp_path / "sbatch"
     wrapper.write_text(REFUSING.format(count=tmp_path / "count", sbatch=shutil.which("sbatch")))
