@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from recipes.chain import SCRIPT, Kind, Link, choose_stages, make_chain
-from recipes.cluster import Cluster, load_cluster
+from recipes.cluster import Cluster, cluster_names, load_cluster
 from recipes.errors import UserError, shown
 from recipes.files import checksum
 from recipes.gate import approval, approved_text, changes, open_run
@@ -117,6 +117,8 @@ def check_gpus(recipe: Recipe, cluster: Cluster) -> None:
         fix = f"write `nodes: {needed // per_node}` in a profile that extends it, or change the recipe's dp"
     else:
         fix = f"change the recipe's dp: its GPUs must be a multiple of a node's {per_node}"
+    fitting = [name for name in cluster_names() if load_cluster(name).gpus == needed]
+    fix = f"take {' or '.join(fitting)}, {fix}" if fitting else fix
     raise UserError(found, fix, f"profile {cluster.name}")
 
 

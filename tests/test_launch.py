@@ -143,6 +143,11 @@ def test_only_the_chosen_stages_data_is_needed(site: Path) -> None:
         check_data(order(), None, False, Console(quiet=True))
 
 
+def test_a_profile_of_the_right_size_is_named(site: Path) -> None:
+    with pytest.raises(UserError, match=r"but the profile gives 1 nodes × 8 = 8\. Take h100-16x8, write `nodes: 16`"):
+        order(recipe_name="smollm2-360m", cluster="single-node")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
