@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +35,7 @@ from tests.checkpoints import write_checkpoint
         (("training", None, None), False, 137, "none", "crash"),
         (("starting", None, None), False, 1, "none", "crash"),
         (("starting", None, None), False, 3, "none", "bad-node"),
+        (("training", None, None), False, 3, "none", "crash"),
         (("starting", None, None), False, 1, "TERM", "preempted"),
         (("finished", 0, None), False, 1, "none", "crash"),
     ],
@@ -168,7 +170,7 @@ def test_a_start_a_crash_and_the_next_start(
     assert capsys.readouterr().out == "stage1: crash at step 10; requeued: ended with exit code 137\n"
     end = events(tiny_run)[-1]
     assert (end["cause"], end["step"], end["job"], end["verdict"]) == ("crash", 10, 17, "requeue")
-    assert end["productive_s"] == 10.0 and 0.05 <= end["allocated_s"] < 5
+    assert end["productive_s"] == 10.0 and 0.05 <= end["allocated_s"] < 60
     assert ask(tiny_run, "begin") == 0
     assert capsys.readouterr().out == "stage1: attempt 2, after step 10 of 23\n"
 
@@ -194,6 +196,14 @@ def test_a_start_without_an_end_was_a_lost_node(tiny_run: Run, capsys: pytest.Ca
     assert [e["event"] for e in events(tiny_run)] == ["start", "end"] * 4
     lost = events(tiny_run)[1]
     assert lost["cause"] == "node-failure" and lost["verdict"] == "requeue" and lost["allocated_s"] >= 0
+
+
+def test_a_lost_node_had_the_job_until_its_files_last_changed(tiny_run: Run) -> None:
+    assert ask(tiny_run, "begin") == 0
+    began = datetime.fromisoformat(events(tiny_run)[0]["time"]).timestamp()
+    os.utime(tiny_run.stage_folder("stage1") / "state.json", (began + 500, began + 500))
+    assert ask(tiny_run, "begin") == 0
+    assert events(tiny_run)[1]["allocated_s"] == pytest.approx(500, abs=1)
 
 
 def test_the_end_names_bad_nodes_and_errors_and_a_stop_is_the_stages_state(
@@ -223,6 +233,7 @@ def test_a_complete_stage_and_one_that_diverged(tiny_run: Run, capsys: pytest.Ca
     write_state(tiny_run, "stage1", "diverged", 10, 76, "the loss is nan at step 12; the last good checkpoint is x/10")
     assert ask(tiny_run, "end", "--code", "1") == 1
     assert "diverged at step 0; stopped: the loss is nan at step 12" in capsys.readouterr().out
+    assert read_state(tiny_run, "stage1")["state"] == "diverged"
     assert ask(tiny_run, "begin") == 0
     write_checkpoint(tiny_run, "stage1", 23)
     write_state(tiny_run, "stage1", "finished", 23, 0)

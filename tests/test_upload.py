@@ -198,7 +198,7 @@ def test_a_repository_on_the_hub_gets_a_few_commits_and_no_byte_twice(
 
 @pytest.mark.slow
 def test_killed_in_the_middle_the_next_pass_does_the_rest(tiny_run: Run, there: Path) -> None:
-    write_checkpoint(tiny_run, "stage1", 23, size=300_000_000)
+    write_checkpoint(tiny_run, "stage1", 23, size=150_000_000)
     began = time.monotonic()
     start_upload(tiny_run)
     assert time.monotonic() - began < 0.5
