@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,8 @@ def test_scripts_are_short_plain_and_valid(name: str) -> None:
     assert text.count("# --- site: ") == 1
     assert max(map(len, text.splitlines())) <= 120
     subprocess.run(["bash", "-n", SCRIPTS / name], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", SCRIPTS / name], check=True)
 
 
 def test_a_training_job_asks_for_what_the_profile_says(tmp_path: Path) -> None:
