@@ -18,10 +18,8 @@ from lighteval.models.model_output import ModelResponse
 from lighteval.tasks.requests import Doc, SamplingMethod
 from lighteval.utils.utils import as_list
 
-from eval.sandbox import run_code
+from eval.sandbox import CODE_BYTES, CODE_SECONDS, run_code
 
-CODE_SECONDS = 10.0
-CODE_BYTES = 1 << 30
 STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\nassert", "\n```")
 """Where a completed function ends: the next thing at the margin."""
 

@@ -23,6 +23,9 @@ from recipes.errors import UserError
 
 INSIDE = Path(__file__).resolve().with_name("sandbox_inside.py")
 FIX = "run without humaneval on this machine"
+CODE_SECONDS = 10.0
+CODE_BYTES = 1 << 30
+"""What a program of HumanEval gets. chosen: far more than a right one needs."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ def run_code(program: str, seconds: float, memory: int) -> Outcome:
     return Outcome(False, "timeout" if code == TIMEOUT else lines[-1])
 
 
-def check_sandbox(memory: int) -> None:
+def check_sandbox(memory: int = CODE_BYTES) -> None:
     """Raises UserError if a program that does nothing does not pass: a model's programs would all seem wrong."""
-    outcome = run_code("pass", seconds=10, memory=memory)
+    outcome = run_code("pass", CODE_SECONDS, memory)
     if not outcome.passed:
         raise UserError(f"no program runs in the sandbox ({outcome.reason})", FIX)

@@ -88,10 +88,6 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         os.environ["EVAL_DATA_ROOT"] = str(arguments.data_root)
     os.environ["EVAL_ALLOW_CODE"] = "1" if arguments.allow_code else "0"
     prepare_lighteval(arguments.data_root)
-    if arguments.benchmark == "humaneval" and arguments.allow_code:
-        from eval.metrics import CODE_BYTES
-
-        check_sandbox(CODE_BYTES)
     pipeline = _pipeline(arguments)
     pipeline.model._cache = None  # keyed by the model's path: new weights there would get the old answers
     prompts = pipeline.model.prompt_manager  # evaluate() deletes the model
@@ -179,6 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         benchmarks.check_data(parsed.benchmark, parsed.data_root, parsed.shots)
+        if parsed.benchmark == "humaneval" and parsed.allow_code:
+            check_sandbox()
         write_json(parsed.out, evaluate(parsed))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -12,7 +12,9 @@ import pytest
 
 from eval.sandbox import INSIDE, check_sandbox, run_code
 from eval.sandbox_inside import FILE_BYTES, TIMEOUT
+from eval.worker import main
 from recipes.errors import UserError
+from tests.eval.fixtures import write_datasets
 
 MEMORY = 256 << 20
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -147,6 +149,17 @@ def test_where_something_is_missing_nothing_is_run(
     monkeypatch.setattr("eval.sandbox.INSIDE", tmp_path / "inside.py")
     with pytest.raises(UserError, match=f"cannot be shut in here .*{said}"):
         run("pass")
+
+
+def test_the_sandbox_is_tried_before_anything_is_evaluated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "inside.py").write_text("raise SystemExit(1)")
+    monkeypatch.setattr("eval.sandbox.INSIDE", tmp_path / "inside.py")
+    data = write_datasets(tmp_path / "data")
+    arguments = ["--model", "none", "--benchmark", "humaneval", "--out", "none", "--data-root", str(data)]
+    assert main([*arguments, "--allow-code"]) == 2
+    assert "no program runs in the sandbox (exit code 1). Run without humaneval" in capsys.readouterr().err
 
 
 def test_a_sandbox_in_which_nothing_runs_is_told_from_wrong_programs() -> None:
