@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         with open(summary, "a", encoding="utf-8") as file:
             file.write(text)
     for found in errors:
-        print(f"error: {found}", file=sys.stderr)
+        print(f"error: {' '.join(found.split())}", file=sys.stderr)  # one line: the runner obeys lines that begin ::
     print(post(shortened(text), os.environ))
     return 2 if errors else 0
 

@@ -99,6 +99,16 @@ def test_a_broken_mixture_ends_in_code_2_and_one_message(
     assert text.count(message) == 1 and "1 recipe cannot be read" in text
 
 
+def test_an_error_cannot_give_the_runner_orders(
+    repo: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pull_request(repo, STAGE2, ("fineweb-edu: 0.60", '"x\\n::warning::y": 0.60'))
+    assert script.main([]) == 2
+    said = capsys.readouterr()
+    assert "::warning::y" in said.err
+    assert not [line for line in (said.out + said.err).splitlines() if line.startswith("::")]
+
+
 def test_a_lint_error_ends_in_code_2(repo: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     pull_request(repo, "stages/smollm2-135m/recipe.yaml", ("dp: 64 ", "dp: 32 "))
     assert script.main([]) == 2
