@@ -14,7 +14,7 @@ from recipes.errors import UserError
 from recipes.files import append_line
 from recipes.gate import approve, record
 from recipes.jobs import facts, main, next_step, source
-from recipes.launch import check_start, code_text, done, lacking, launch, locked, options
+from recipes.launch import check_start, code_text, done, lacking, launch, locked, options, stage_to_go_back_in
 from recipes.order import Order, check_data, prepare
 from recipes.run import Run
 from tests.conftest import ROOT, TINY, write_source
@@ -317,6 +317,21 @@ def test_what_squeue_prints() -> None:
     assert not slurm.parse_job("1|N/A|PENDING|1|0:00|1:00|DependencyNeverSatisfied|n|c").live
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("squeue: fatal: Could not establish a configuration source", "but belongs to no cluster"),
+        ("slurm_load_jobs error: Unable to contact slurm controller (connect failure)", "controller does not answer"),
+    ],
+)
+def test_a_slurm_that_does_not_answer(site: Path, said: str, message: str) -> None:
+    program = site / "bin" / "squeue"
+    program.write_text(f"#!/bin/bash\necho '{said}' >&2\nexit 1\n")
+    program.chmod(0o755)
+    with pytest.raises(slurm.Unreachable, match=message):
+        slurm.queue()
+
+
 def test_what_slurm_says_on_one_line() -> None:
     said = "sbatch: error: invalid partition specified: nope\nsbatch: error: Batch job submission failed: Invalid\n"
     assert slurm.one_line(said).startswith("invalid partition specified: nope; Batch job submission failed")
@@ -356,6 +371,20 @@ def test_a_dry_run_says_where_it_would_go_back_to(site: Path) -> None:
     assert code == 2 and "stage1 has no checkpoint of step 10. Name one of 0." in text
     code, text = go(dry_run=True, stages="stage1", from_step=0, skip_tokens=512)
     assert code == 0 and "goes back to step 0 of stage1 first, and leaves out the next 512 tokens" in text
+
+
+def test_the_stage_to_go_back_in(site: Path) -> None:
+    run = create(site)
+    for stage in ("stage1", "stage2"):
+        run.stage_folder(stage).mkdir()
+        append_line(run.stage_folder(stage) / "ledger.jsonl", {"from_step": 0, "to_step": 1, "tokens": {}})
+    assert stage_to_go_back_in(order(), {}, 25) == "stage2"
+    assert stage_to_go_back_in(order(), {}, 20) == "stage1"
+    assert stage_to_go_back_in(order(stages="stage1"), {}, 23) == "stage1"
+    with pytest.raises(UserError, match="job 7 of this run is queued or running"):
+        stage_to_go_back_in(order(), {"tiny-stage2-train": [7]}, 25)
+    with pytest.raises(UserError, match="no stage has been trained at step 25"):
+        stage_to_go_back_in(order(stages="stage3"), {}, 25)
 
 
 def test_going_back_needs_a_run(site: Path) -> None:
