@@ -83,6 +83,9 @@ def test_a_stage_in_progress(run: Path) -> None:
 
 def test_time_to_the_runs_end_counts_all_stages(run: Path) -> None:
     assert standing.read(run).seconds_left == (40 + 200) * STEP_TOKENS / 2000
+    (run / "stage2").mkdir()
+    append_line(run / "stage2/metrics.jsonl", {"step": 101, "tokens_per_s": 1000})
+    assert standing.read(run).seconds_left == (40 + 199) * STEP_TOKENS / 1000  # at the newest stage's rate
 
 
 def test_the_state_outlives_its_metrics(run: Path) -> None:
@@ -104,6 +107,8 @@ def test_goodput_counts_ended_starts_and_the_one_that_is_on(run: Path) -> None:
 
 
 def test_goodput_of_ended_starts_alone(run: Path) -> None:
+    write_json(run / "stage1/state.json", {"stage": "stage1", "state": "failed", "step": 50})
+    assert standing.read(run).goodput == pytest.approx(120 / 200)  # the start that is on is not: its end was not noted
     append_line(run / "events.jsonl", end("crash", 300, 0))
     assert standing.read(run).goodput == pytest.approx(120 / 500)
 
@@ -247,6 +252,23 @@ def test_cancel_without_slurm_changes_nothing(run: Path) -> None:
     with pytest.raises(UserError, match="no Slurm"):
         status.cancel("first", Console())
     assert (run / "events.jsonl").read_text() == before
+
+
+def test_cancel_ends_what_may_still_run_and_notes_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = ((17, "COMPLETED"), (18, "RUNNING"), (19, "PENDING"))
+    jobs = [slurm.Job(id, "", state, 2, "1:00", "9:00", "None", "name", str(run)) for id, state in states]
+    monkeypatch.setattr(slurm, "queue", lambda **_: jobs)
+    ended: list[list[int]] = []
+    monkeypatch.setattr(slurm, "cancel", ended.append)
+    out = io.StringIO()
+    status.cancel("first", Console(file=out, width=100))
+    assert ended == [[18, 19]] and "first: cancelled 18, 19; smol launch goes on" in out.getvalue()
+    event = standing.tail(run / "events.jsonl")[-1]
+    assert (event["event"], event["jobs"]) == ("cancel", [18, 19])
+    assert "17" not in printed("first").rpartition("jobs ")[2]  # an ended job is in no line
+    del jobs[1:]
+    status.cancel("first", Console(file=out, width=100))
+    assert len(ended) == 1 and "first: no job is queued or running" in out.getvalue()
 
 
 def test_a_long_file_is_read_at_its_end_and_at_even_distances(tmp_path: Path) -> None:

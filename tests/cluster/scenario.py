@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from tests.cluster.runs import Live, Wait
 
 Story = Generator[Wait, None, None]
-PATIENCE = 400
+PATIENCE = 600
 """Seconds: only a test that fails waits so long, whatever else this machine does."""
 
 

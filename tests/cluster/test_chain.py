@@ -24,7 +24,7 @@ from recipes.files import read_lines
 from recipes.loader import load
 from tests.cluster.lab import ENDED, ROOT, Lab
 from tests.cluster.runs import Live, Site
-from tests.cluster.scenario import Outcome, Story, finished, tell
+from tests.cluster.scenario import PATIENCE, Outcome, Story, finished, tell
 from tests.conftest import write_source
 
 pytestmark = pytest.mark.slow
@@ -105,7 +105,7 @@ def chain(site: Site) -> Story:
     yield finished(run, "stage1")
     evaluation, proposing = run.jobs("eval", "stage1"), run.jobs("propose", "stage1")
     for job, what in ((evaluation[0], "stage1 is evaluated"), (proposing[0], "a mixture is proposed")):
-        yield lambda job=job: lab.state(job) in ENDED, 240, what  # type: ignore[misc]
+        yield lambda job=job: lab.state(job) in ENDED, PATIENCE, what  # type: ignore[misc]
         assert lab.state(job) == "COMPLETED", what
     held = lab.job(run.jobs("train", "stage2")[0])
     assert (held["JobState"], held["Reason"]) == ("PENDING", "JobHeldUser")

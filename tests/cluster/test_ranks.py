@@ -18,6 +18,7 @@ import pytest
 from recipes.loader import load
 from tests.cluster.lab import ROOT, RUNNING, Lab
 from tests.cluster.runs import Site
+from tests.cluster.scenario import PATIENCE
 from tests.conftest import write_source
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,8 @@ def ranks(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[i
     run = site.run("full")
     job = run.jobs("train", "stage1")[0]
     lab.wait(job, RUNNING, 30)
-    run.until(lambda: len(list((root / "ranks").glob("*[0-9]"))) == NODES * GPUS, 240, "not all ranks have started")
+    started = (root / "ranks").glob
+    run.until(lambda: len(list(started("*[0-9]"))) == NODES * GPUS, PATIENCE, "not all ranks have started")
     assert len(lab.hosts(job)) == NODES
     yield {int(path.name): said(path) for path in (root / "ranks").iterdir()}
     lab.clear()
