@@ -58,6 +58,7 @@ def test_correctness_and_every_variant_are_measured(tmp_path: Path, capsys: pyte
     assert not [row for row in speeds.values() if "failed" in row]
     assert speeds[PLAIN]["losses"][:7] == speeds[SHIPPED]["losses"] and len(speeds[PLAIN]["losses"]) == 8 + 5
     assert 0 < speeds[ALL]["loss_difference"] < 2**-8 and speeds[ALL]["losses_compared"] == 13
+    assert speeds["all, micro-batch 8"]["loss_difference"] is None, "other data"
     assert speeds[LATE]["losses"] == speeds[ALL]["losses"][:7]
     assert speeds[PLAIN]["tokens_per_second"] == pytest.approx(4 * 64 / speeds[PLAIN]["step_seconds"])
     shown = capsys.readouterr().out
