@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,27 @@ def test_another_checkpoint_of_the_same_step_replaces_the_one_there(tiny_run: Ru
         manifest.write_text(manifest.read_text().replace(old, checksum(path)))
     assert once(tiny_run, there) == 0
     assert same(tiny_run, there, 10)
+
+
+def test_while_another_checkpoint_of_the_step_is_sent_the_old_one_does_not_count(
+    tiny_run: Run, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tiny_run, "stage1", 10)
+    assert once(tiny_run, there) == 0 and (there / "10" / "manifest.json").exists()
+    write_checkpoint(tiny_run, "stage1", 10, size=200)
+    system, _ = file_system(f"file://{there}")
+    monkeypatch.setattr(type(system), "put_file", lambda *_: 1 / 0)
+    assert once(tiny_run, there) == 1
+    assert not (there / "10" / "manifest.json").exists()
+
+
+def test_every_nth_checkpoint_is_sent(tiny_run: Run, there: Path) -> None:
+    kept = tiny_run.recipe.checkpoints.model_copy(update={"keep_every": 10})
+    tiny_run.__dict__["recipe"] = replace(tiny_run.recipe, checkpoints=kept)
+    for step in (10, 15, 20, 22):
+        write_checkpoint(tiny_run, "stage1", step)
+    assert once(tiny_run, there) == 0
+    assert sorted(path.name for path in there.iterdir()) == ["10", "20", "22"]
 
 
 def test_a_target_that_fails_is_named_and_tried_again(
