@@ -332,6 +332,14 @@ def test_a_slurm_that_does_not_answer(site: Path, said: str, message: str) -> No
         slurm.queue()
 
 
+def test_only_the_jobs_of_the_runs_folder_are_its_own(site: Path) -> None:
+    lines = "".join(f"{n}|N/A|PENDING|2|0:00|4:00|None|tiny-stage1-train|{site}/{n}\n" for n in (7, 8))
+    (site / "bin" / "squeue").write_text(f"#!/bin/bash\nprintf '%s' '{lines}'\n")
+    (site / "bin" / "squeue").chmod(0o755)
+    assert [job.id for job in slurm.queue()] == [7, 8]
+    assert [job.id for job in slurm.queue(folder=site / "8")] == [8]
+
+
 def test_what_slurm_says_on_one_line() -> None:
     said = "sbatch: error: invalid partition specified: nope\nsbatch: error: Batch job submission failed: Invalid\n"
     assert slurm.one_line(said).startswith("invalid partition specified: nope; Batch job submission failed")

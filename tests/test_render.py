@@ -139,6 +139,14 @@ def test_names_that_cannot_be_a_jobs(name: str) -> None:
         check_word(name, "the run")
 
 
+def test_the_port_of_the_rendezvous_comes_from_the_jobs_number() -> None:
+    port = re.search(r"PORT=(\$\(\(.*?\)\))", (SCRIPTS / "train.slurm").read_text())
+    assert port
+    script = f"for JOB in 7 8 19999 20000 123456789; do echo {port[1]}; done"
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["10007", "10008", "29999", "10000", "16789"]  # below those that systems hand out
+
+
 def test_folders_that_slurm_cannot_be_given(tmp_path: Path) -> None:
     assert check_folder(tmp_path) == tmp_path.resolve()
     for name in ("a b", "a%j", "a'b"):

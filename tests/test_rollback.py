@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes.audit import audit, stage_dataset
@@ -93,6 +93,7 @@ def test_samples_after_a_skip_are_those_that_lie_further_on(tiny_run: Run) -> No
     assert np.array_equal(after.sources(np.arange(80, 160)), before.sources(np.arange(104, 184)))
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_counts_are_those_of_every_sample_one_by_one(recipe: Recipe, data: st.DataObject) -> None:
     stage = make_plan(recipe).stages[0]
