@@ -76,11 +76,12 @@ def test_when_the_time_is_over_nothing_is_begun_and_what_runs_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (late,) = bench_of(tmp_path / "late", seconds=1).run(Case("products", "products"))
-    assert late["failed"] == OVER
+    assert late["failed"] == OVER and not (tmp_path / "late" / "said.txt").exists()
     monkeypatch.setattr("recipes.bench_gpu.LEAST_SECONDS", 0.0)
-    child = "import os, pathlib, time; pathlib.Path('PID').write_text(str(os.getpid())); time.sleep(60)"
-    bench = bench_of(tmp_path, seconds=2)
+    child = "import os, pathlib, time; pathlib.Path('PID').write_text(str(os.getpid())); time.sleep(90)"
+    bench, began = bench_of(tmp_path, seconds=2), time.monotonic()
     assert list(bench.python("-c", child.replace("PID", str(tmp_path / "pid"))))[-1] == OVER
+    assert time.monotonic() - began < 60
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
 
 
