@@ -314,7 +314,6 @@ def _write_parameter(parameter: Parameter, whole: Tensor, checkpoint: Path) -> N
     path = checkpoint / "model" / "model" / parameter.folder / f"model_weight{rank}.safetensors"
     path.parent.mkdir(parents=True)
     save_file({"data": whole}, path, metadata=metadata)
-    shutil.copymode(checkpoint / "model_config.json", path)  # safetensors writes for its owner only
 
 
 def _nanotron_config(llama: Llama, vocabulary: Vocabulary) -> dict[str, Any]:

@@ -325,7 +325,7 @@ def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: An
     shapes = {n: shape for p in Llama.of_transformers(folder).parameters for n, shape in p.shapes().items()}
     save_file({name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}, folder / "model.safetensors")
     write_json(folder / "config.json", CONFIG | changes)
-    words = {"<|endoftext|>": 0} | {f"word{i}": i for i in range(1, 64)}
+    words = {f"word{i}": i for i in range(63)} | {"<|endoftext|>": 63}
     Tokenizer(WordLevel(words, unk_token="word1")).save(str(folder / "tokenizer.json"))
     return folder
 
@@ -341,12 +341,13 @@ def test_a_published_model_in_bf16_survives_there_and_back(tmp_path: Path) -> No
     assert (manifest.recipe, manifest.stage, manifest.step) == ("published", "converted", 0)
     assert not list(tmp_path.glob("*.partial"))
     config = json.loads((checkpoint / "model_config.json").read_text())
-    assert config["rope_theta"] == 50000.0 and config["eos_token_id"] == 0
+    assert config["rope_theta"] == 50000.0 and config["eos_token_id"] == 63
     bar = io.StringIO()
     again = to_transformers(checkpoint, tmp_path / "again", progress=Console(file=bar, force_terminal=True))
     assert "converting" in bar.getvalue()
     assert_equal(tensors(again), tensors(model))
-    assert json.loads((again / "config.json").read_text())["dtype"] == "bfloat16"
+    settings = json.loads((again / "config.json").read_text())
+    assert (settings["dtype"], settings["eos_token_id"]) == ("bfloat16", 63)
     plain = (model / "config.json").stat().st_mode
     assert {p.stat().st_mode for f in (checkpoint, again) for p in f.rglob("*") if p.is_file()} == {plain}
 
@@ -425,6 +426,17 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "model"]
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "model")
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: full)
+    with pytest.raises(OSError, match="free"):
+        to_nanotron(model, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 @given(heads=st.integers(1, 9), pairs=st.integers(1, 9), columns=st.integers(1, 3))

@@ -28,7 +28,7 @@ def definitions(out: str) -> None:
 
 
 def read(cases: str, out: str) -> None:
-    """Each case: a benchmark, a row of its dataset, and a text; writes what its metrics of texts make of it."""
+    """Each case: a benchmark, a row of its dataset, and a text or its choices' nats; writes what the metrics say."""
     from lighteval.models.model_output import ModelResponse
     from lighteval.tasks.requests import SamplingMethod
 
@@ -36,12 +36,15 @@ def read(cases: str, out: str) -> None:
 
     os.environ["EVAL_ALLOW_CODE"] = "1"
     found = []
-    for name, row, text in json.loads(Path(cases).read_text()):
+    for name, row, said in json.loads(Path(cases).read_text()):
         prompt, metrics, _, _ = DEFINITIONS[name]
-        generative = [m for m in metrics if m.category == SamplingMethod.GENERATIVE]
-        response = ModelResponse(text=[text])
+        wrote = isinstance(said, str)
+        response = (
+            ModelResponse(text=[said]) if wrote else ModelResponse(logprobs=said, output_tokens=[[0]] * len(said))
+        )
+        kind = SamplingMethod.GENERATIVE if wrote else SamplingMethod.LOGPROBS
         found.append({m.metric_name: m.sample_level_fn.compute(doc=prompt(row, name), model_response=response)
-                      for m in generative})  # fmt: skip
+                      for m in metrics if m.category == kind})  # fmt: skip
     Path(out).write_text(json.dumps(found))
 
 

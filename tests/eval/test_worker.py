@@ -210,6 +210,7 @@ HALF = {"problem": "Half?", "solution": "It is $\\boxed{\\frac{1}{2}}$."}
 ANN = {"question": "Who?", "answer": {"value": "Ann Lee", "aliases": ["Anna", "The Queen"]}}
 ADD = {"prompt": 'def add(x):\n    """One more."""\n', "canonical_solution": "", "entry_point": "add",
        "test": "def check(candidate):\n    assert candidate(2) == 3\n"}  # fmt: skip
+GOAL = {"goal": "Go", "sol1": "a", "sol2": "b\u00e9c", "label": 1}
 READINGS = [
     ("gsm8k", COINS, " It is 1234.\n#### 1234", {"qem": 1, "extractive_match": 1}),
     ("gsm8k", COINS, " So\n#### 1,234\n\nAnother has 7 coins.", {"qem": 1, "extractive_match": 0}),
@@ -225,13 +226,17 @@ READINGS = [
     ("humaneval", ADD, "\n    return x + 1\n\nprint(add('x'))\n", {"pass@1": 1}),
     ("humaneval", ADD, "\n    return x + 1\n@unknown\ndef more(): pass", {"pass@1": 1}),
     ("humaneval", ADD, "\n    return x\n", {"pass@1": 0}),
+    ("piqa", GOAL, [-1.0, -2.7], {"acc": 0, "acc_norm": 1, "bits_per_byte": 2.7 / math.log(2) / 4}),
 ]
 
 
 @pytest.mark.parametrize("n", range(len(READINGS)))
 def test_how_answers_are_read(folder: Path, n: int) -> None:
-    """qem takes the first number after ####, extractive_match the last number: run-on text after it misleads that."""
-    assert json.loads((folder / "readings.json").read_text())[n] == READINGS[n][3]
+    """qem takes the first number after ####, extractive_match the last number: run-on text after it misleads that.
+
+    acc_norm divides by characters, bits_per_byte by bytes, both without the space before an option.
+    """
+    assert json.loads((folder / "readings.json").read_text())[n] == pytest.approx(READINGS[n][3])
 
 
 def test_the_same_checkpoint_twice_gives_the_same_scores(folder: Path) -> None:
