@@ -282,7 +282,7 @@ def test_a_long_file_is_read_at_its_end_and_at_even_distances(tmp_path: Path) ->
     assert max(distances) < 1.3 * min(distances)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_the_files_hold_it_answers(run: Path, data: st.DataObject) -> None:
     """Cut short, replaced by garbage, of other types, or absent."""
