@@ -13,13 +13,16 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from eval.harness import (
+    CONVERSION,
     Options,
     Subject,
     _file,
+    _finished,
     _keep,
     _key,
     _result,
     evaluate,
+    model_folder,
     scorecard_path,
     subject_of,
     with_limit,
@@ -122,6 +125,10 @@ def test_a_scorecard_is_written_when_no_result_is_missing(tmp_path: Path) -> Non
         card = evaluate(subject, suite, options, console, only=[name])
     assert card and card.date == "2026-01-03" and card.benchmarks["code-choice"].score == Score(2.0, 0.1, 3)
     assert scorecards(tmp_path / "scores") == [card]
+    key = _key(subject, suite, "docs-choice", options)
+    assert _finished(subject, suite, "docs-choice", key)
+    for other in ({"checkpoint": "i"}, {"limit": 9}, {"data": "local:1"}, {"task_file": "t"}):
+        assert _finished(subject, suite, "docs-choice", key | other) is None, "a result of something else"
     said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert said == ["m-0: no scorecard yet, no result of code-choice, word-problems",
                     "m-0: no scorecard yet, no result of word-problems"]  # fmt: skip
@@ -135,6 +142,16 @@ def test_what_is_no_checkpoint_of_a_run_is_refused(run: Run, tmp_path: Path) -> 
     (lone / MANIFEST).write_bytes((checkpoint(run) / MANIFEST).read_bytes())
     with pytest.raises(UserError, match="lies in no run"):
         subject_of(lone)
+
+
+def test_a_model_of_an_earlier_training_of_the_step_is_converted_again(run: Run) -> None:
+    subject = subject_of(checkpoint(run))
+    mark = model_folder(subject) / "mark"
+    mark.touch()
+    assert (model_folder(subject) / "mark").exists(), "converted once"
+    note = mark.with_name(CONVERSION)
+    note.write_text(note.read_text().replace(subject.hash, "0" * 32))
+    assert not (model_folder(subject) / "mark").exists()
 
 
 def test_bad_input_runs_nothing(run: Run, tmp_path: Path) -> None:
