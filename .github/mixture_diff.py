@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recipes.diff import Diff
-from recipes.diff_show import fenced, to_markdown
-from recipes.diff_sides import compare
+from recipes.diff.compare import Diff
+from recipes.diff.show import fenced, to_markdown
+from recipes.diff.sides import compare
 from recipes.errors import UserError
 from recipes.files import write_atomic
 from recipes.lint import lint

@@ -259,7 +259,7 @@ def data(json_path: Json = None) -> None:
 
     Example: smol bench data --json bench.json
     """
-    from recipes.bench import bench_data
+    from recipes.bench.data import bench_data
 
     bench_data(json_path)
 
@@ -274,7 +274,7 @@ def tokenize_speed(
 
     Example: smol bench tokenize --tokenizer tokenizer.json
     """
-    from recipes.bench_tokenize import bench_tokenize
+    from recipes.bench.tokenize import bench_tokenize
 
     bench_tokenize(tokenizer, characters, json_path)
 
@@ -291,7 +291,7 @@ def step(
 
     Example: smol bench step smollm2-135m --micro-batch 1 --steps 3
     """
-    from recipes.bench_engine import bench_step
+    from recipes.bench.engine import bench_step
 
     bench_step(recipe, processes, micro_batch, steps, json_path)
 
@@ -307,7 +307,7 @@ def checkpoint(
 
     Example: smol bench checkpoint smollm2-135m
     """
-    from recipes.bench_engine import bench_checkpoint
+    from recipes.bench.engine import bench_checkpoint
 
     bench_checkpoint(recipe, processes, micro_batch, json_path)
 
@@ -326,7 +326,7 @@ def gpu(
 
     Example: smol bench gpu smollm2-1.7b --json gpu.json
     """
-    from recipes.bench_gpu import bench_gpu
+    from recipes.bench.gpu import bench_gpu
 
     bench_gpu(json_path, recipe, steps, tiny, loss_steps, only, minutes)
 
@@ -342,7 +342,7 @@ def all_reduce(
 
     Example: smol bench all-reduce smollm2-1.7b --mfu 0.4
     """
-    from recipes.allreduce import bench_allreduce
+    from recipes.bench.allreduce import bench_allreduce
 
     bench_allreduce(recipe, gpus, mfu, json_path)
 

@@ -26,8 +26,8 @@ def launch(
 
     Example: smol launch smollm2-1.7b --cluster h100-32x8 --dry-run
     """
-    from recipes.launch import launch as submit
     from recipes.show import wide_console
+    from recipes.slurm.launch import launch as submit
 
     code = submit(
         recipe, cluster, stages, run, dry_run, data, tokenizer, wide_console(), from_step, skip_tokens, verify_data
@@ -47,7 +47,7 @@ def approve(
 
     Example: smol approve first-try stage2 --proposal
     """
-    from recipes.gate import approve as record
+    from recipes.slurm.gate import approve as record
 
     made = record(run, stage, mixture, proposal, who, keep)
     print(f"{made['stage']}: {made['mixture']} ({made['hash']}), approved by {made['who']}")
@@ -64,8 +64,8 @@ def status(
 
     Example: smol status first-try --watch
     """
-    from recipes import status as module
     from recipes.show import wide_console
+    from recipes.slurm import status as module
 
     if watch:
         module.watch(run, wide_console())
@@ -79,7 +79,7 @@ def cancel(run: RunArgument) -> None:
     Example: smol cancel first-try
     """
     from recipes.show import wide_console
-    from recipes.status import cancel as end
+    from recipes.slurm.status import cancel as end
 
     end(run, wide_console())
 

@@ -119,7 +119,7 @@ def propose(
     from eval.benchmarks import task_file_hash
     from eval.feedback import POLICY, load_policy
     from eval.soundness import scores_of
-    from recipes.diff_show import mixture_diff_markdown
+    from recipes.diff.show import mixture_diff_markdown
     from recipes.loader import find_root, load
     from recipes.run import RUN_FILE, Run, runs_folder
     from recipes.show import wide_console
@@ -159,8 +159,8 @@ def diff(
 
     Example: smol diff main;   smol diff smollm2-1.7b:stage2 proposals/stage3.yaml
     """
-    from recipes.diff_show import show_diff, to_markdown
-    from recipes.diff_sides import compare
+    from recipes.diff.show import show_diff, to_markdown
+    from recipes.diff.sides import compare
     from recipes.show import wide_console
 
     found = compare(before, after, recipe=recipe)

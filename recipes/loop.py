@@ -12,7 +12,7 @@ from eval.harness import Options, devices, evaluate, subject_of
 from eval.proposal import propose, write
 from eval.scorecard import Scorecard, scorecards
 from eval.suite import load_suite
-from recipes.diff_show import mixture_diff_markdown
+from recipes.diff.show import mixture_diff_markdown
 from recipes.files import append_line
 from recipes.plan import Plan, StagePlan
 from recipes.run import Run

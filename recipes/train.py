@@ -11,13 +11,13 @@ Exit code of every worker:
     74  a checkpoint could not be written (a full disk, say); the ones before it count
     75  stopped on request, with a checkpoint: the same command goes on from there
     76  diverged: a loss or gradient that is no number, or a spike that stays (`guard` in the recipe). It would do so
-        again: go back to the checkpoint that the message names, and leave out some data (recipes/rollback.py)
+        again: go back to the checkpoint that the message names, and leave out some data (recipes/slurm/rollback.py)
     77  hung: no step for too long (`guard` again); every thread's stack is in STAGE/logs/stacks-<rank>-<time>.txt
      1  anything else
 torchrun itself ends with 1 whatever its workers return, so `STAGE/state.json` says it too: `state` is "starting" (by
-recipes/restart.py), "training", "finished", "stopped", "failed", "diverged" or "hung"; `step` the last step trained
-that a checkpoint holds; `exit_code` and `reason`, null while training. "training" without a process means that it was
-killed: start it again.
+recipes/slurm/restart.py), "training", "finished", "stopped", "failed", "diverged" or "hung"; `step` the last step
+trained that a checkpoint holds; `exit_code` and `reason`, null while training. "training" without a process means that
+it was killed: start it again.
 
 The environment: SMOL_TRACKER sends metrics elsewhere, too (engine/tracker.py), SMOL_UPLOAD checkpoints (upload.py).
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recipes.bench import memory
+from recipes.bench.data import memory
 from recipes.files import append_line
 
 WARMUP = 5

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from recipes import train
-from recipes.bench import memory
+from recipes.bench.data import memory
 from recipes.engine.trainer import StageTrainer
 from recipes.files import write_json
 from recipes.run import Run

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes.bench import greedy_index
+from recipes.bench.data import greedy_index
 from recipes.data.interleave import MAX_PERIOD, MAX_SAMPLE, Interleave
 from recipes.errors import UserError
 

@@ -17,8 +17,8 @@ from recipes.engine.watchdog import ALLOWANCE
 from recipes.errors import UserError
 from recipes.files import read_lines
 from recipes.loader import load
-from recipes.rollback import rollback
 from recipes.run import Run
+from recipes.slurm.rollback import rollback
 from tests.engine.tiny_run import children, kill, losses, make_run, start, state, train, trained, wait_for
 
 slow = pytest.mark.slow

@@ -1,0 +1,1 @@
+"""`smol bench`: benchmarks that print what they measure."""

@@ -1,0 +1,1 @@
+"""What a change of mixtures means: `smol diff`, and the workflow that posts it on pull requests."""
