@@ -13,9 +13,11 @@ from recipes.errors import UserError
 from recipes.files import append_line
 from recipes.run import Run
 from recipes.slurm import commands
+from recipes.slurm.dry_run import code_text
+from recipes.slurm.existing import check_start, done, lacking, stage_to_go_back_in
 from recipes.slurm.gate import approve, record
 from recipes.slurm.jobs import facts, main, next_step, source
-from recipes.slurm.launch import check_start, code_text, done, lacking, launch, locked, options, stage_to_go_back_in
+from recipes.slurm.launch import launch, locked, options
 from recipes.slurm.order import Order, check_data, prepare
 from tests.conftest import ROOT, TINY, write_source
 from tests.test_loader import change
