@@ -29,8 +29,8 @@ from recipes.bench.gpu import (
     largest,
     loss_difference,
     tiny_recipe,
-    verdict,
 )
+from recipes.bench.gpu_show import verdict
 from recipes.engine.gpu_case import OUT_OF_MEMORY, Case
 from recipes.errors import UserError
 from recipes.loader import load
