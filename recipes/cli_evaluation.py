@@ -48,7 +48,8 @@ def eval_(
 ) -> None:
     """Evaluate checkpoints with lighteval and write scorecards. Interrupted, it goes on where it was.
 
-    Exit code 0: all scorecards are written; 1: a benchmark crashed, the others' results are kept.
+    Exit code 0: all scorecards are written; 1: a benchmark crashed; 2: see the message. The others' results are kept,
+    and of several checkpoints the others are evaluated.
 
     Example: smol eval runs/first-try --every stage;   smol eval 'runs/x/stage1/checkpoints/*' --suite quick
     """
@@ -62,22 +63,25 @@ def eval_(
     chosen = load_suite(suite) if limit is None else harness.with_limit(load_suite(suite), limit)
     options = harness.Options(data_root, allow_code, harness.devices(jobs), batch_size, scores)
     subjects = [harness.subject_of(path) for path in checkpoints_of(targets, every)]
-    console, cards, written, crashed = wide_console(), [], [], False
+    harness.check(chosen, only or list(chosen.benchmarks), options)
+    console, cards, written, code = wide_console(), [], [], 0
     for subject in subjects:
         try:
             if card := harness.evaluate(subject, chosen, options, console, only or ()):
                 cards.append(card)
                 written.append(harness.scorecard_path(subject, chosen.name, options))
-        except harness.Incomplete as error:
+        except (harness.Incomplete, UserError) as error:
+            if len(subjects) == 1 and isinstance(error, UserError):
+                raise
             Console(stderr=True, soft_wrap=True).print("[red]incomplete:[/]", escape(f"{subject.name}: {error}"))
-            crashed = True
+            code = max(code, 2 if isinstance(error, UserError) else 1)
     for table in scores_tables(cards, width=console.width):
         console.print(table)
     for path in written:
         print(path)
     if len({card.tokens for card in cards}) > 1:
         print(picture(cards, harness.scores_folder(subjects[0], options) / f"{chosen.name}.png"))
-    raise typer.Exit(1 if crashed else 0)
+    raise typer.Exit(code)
 
 
 def scores(

@@ -231,7 +231,9 @@ class StageTrainer(DistributedTrainer):  # type: ignore[misc]
 
     def room(self) -> str:
         """Says how much room there is for the stage's files, after a failure to write one."""
-        return f"{shutil.disk_usage(self.folder).free:,} bytes are free. Make room, then start again"
+        folders = [folder for folder in (self.folder, self.run.checkpoints(self.stage.name)) if folder.is_dir()]
+        free = min(shutil.disk_usage(folder).free for folder in folders)
+        return f"{free:,} bytes are free. Make room, then start again"
 
     # Checkpoints
 

@@ -39,7 +39,8 @@ CODE_BAD_NODE = 3
 RESTARTS = 3
 """After failures without a new checkpoint; chosen."""
 FAILURES = frozenset({"crash", "node-failure", "hang", "time-limit"})
-"""Causes that count against RESTARTS: a time limit, too, is one when no checkpoint was reached since the last."""
+"""Causes that count against RESTARTS: a time limit, too, is one when no checkpoint was reached since the last. And a
+bad node, when it comes back."""
 STOPPING = frozenset({"diverged", "disk-full", "user-error", "cancelled"})
 """Causes that would only come back."""
 KILLED = re.compile(r"^.*(oom[_-]kill event.*|Signal (?!15\b)\d+ \(SIG\w+\) received by PID \d+.*)$", re.MULTILINE)
@@ -105,9 +106,18 @@ def failures(events: Sequence[Event], stage: str, step: int) -> list[Event]:
             continue
         if event["event"] == "rollback" or event.get("verdict") == "stop":
             counted.clear()
-        elif event["event"] == "end" and event["cause"] in FAILURES:
+        elif event["event"] == "end" and (event["cause"] in FAILURES or came_back(event, events)):
             counted.append(event)
     return [event for event in counted if event["step"] == step and event["from_step"] == step]
+
+
+def came_back(event: Event, events: Sequence[Event]) -> bool:
+    """Whether a bad node was found again: Slurm has not excluded it."""
+    if event["cause"] != "bad-node":
+        return False
+    first = event["detail"].partition(":")[0]
+    found = [e for e in events if e.get("cause") == "bad-node" and e["detail"].partition(":")[0] == first]
+    return found[0] is not event
 
 
 def verdict(cause: str, detail: str, failed: Sequence[Event], step: int, few: str = "") -> Verdict:

@@ -170,6 +170,24 @@ def test_bad_input_runs_nothing(run: Run, tmp_path: Path) -> None:
     assert sorted(run.folder.rglob("*")) == before
 
 
+def test_a_checkpoint_that_cannot_be_evaluated_does_not_end_a_sweep(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, asked = write_datasets(tmp_path / "data"), list[int]()
+
+    def nan_at_8(subject: Subject, *_: object) -> None:
+        asked.append(subject.step)
+        if subject.step == 8:
+            raise UserError("the model yields NaN", "look at the loss")
+
+    monkeypatch.setattr("eval.harness.evaluate", nan_at_8)
+    command = ["eval", "--suite", "rehearsal", "--data-root", str(data)]
+    both = [str(run.checkpoints("stage1") / step) for step in ("8", "12")]
+    done = CliRunner().invoke(app, [*command, *both])
+    assert (asked, done.exit_code) == ([8, 12], 2)
+    assert isinstance(CliRunner().invoke(app, [*command, both[0]]).exception, UserError), "a single one is an error"
+
+
 def test_what_a_process_says_is_wrong_is_said_once_and_leaves_no_result(tmp_path: Path) -> None:
     subject, suite = Subject("m", "m", 0, 0, "h", tmp_path, tmp_path), load_suite("rehearsal")
     log = tmp_path / "rehearsal" / "docs-choice.log"

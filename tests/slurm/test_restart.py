@@ -83,8 +83,14 @@ def test_failures_count_from_the_newest_checkpoint() -> None:
     assert failures([crash, crash], "stage1", 20) == []
     assert len(failures([ended("crash", 10, 0), crash], "stage1", 10)) == 1  # the first one made progress
     assert failures([crash, crash], "stage2", 10) == []
-    assert len(failures([crash, ended("preempted", 10), ended("bad-node", 10), crash], "stage1", 10)) == 2
+    assert (
+        len(failures([crash, ended("preempted", 10), ended("bad-node", 10, detail="n1: no GPUs"), crash], "stage1", 10))
+        == 2
+    )
     assert len(failures([crash, ended("time-limit", 10), ended("hang", 10)], "stage1", 10)) == 3
+    one, other = ({**ended("bad-node", 10), "detail": f"{node}: no GPUs"} for node in ("n1", "n2"))
+    assert failures([one, other], "stage1", 10) == []
+    assert len(failures([one, {**one, "detail": "n1: 1 GPUs"}, other], "stage1", 10)) == 1, "it was not excluded"
 
 
 def test_a_person_who_starts_again_after_a_stop_has_all_restarts_again() -> None:
