@@ -13,10 +13,12 @@ SLURM := slurmctld slurmd slurm-client munge
 rehearse: $(READY)
 	$(BIN)/smol rehearse
 
-# Two at a time: the cluster's tests wait for most of theirs.
+# Three at a time: those of the cluster wait for most of theirs, and few others keep two cores busy.
 test: $(READY) slurm
 	$(BIN)/python -m pytest -rs tests/cluster & cluster=$$!; \
-	$(BIN)/python -m pytest --ignore=tests/cluster; code=$$?; wait $$cluster && exit $$code
+	$(BIN)/python -m pytest tests/bench tests/engine & engine=$$!; \
+	$(BIN)/python -m pytest --ignore=tests/cluster --ignore=tests/bench --ignore=tests/engine; code=$$?; \
+	wait $$cluster || code=1; wait $$engine || code=1; exit $$code
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

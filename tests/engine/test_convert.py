@@ -34,11 +34,10 @@ RUNS: dict[str, tuple[float, int, int, bool, int]] = {
     "10k-tp2-tied-grouped": (10_000.0, 2, 1, True, 2),
     "10k-tp1-untied-multi": (10_000.0, 1, 1, False, 4),
     "130k-tp2-untied-multi": (130_000.0, 2, 1, False, 4),
-    "130k-tp1-tied-multi": (130_000.0, 1, 1, True, 4),
+    "130k-pp2-tied-multi": (130_000.0, 1, 2, True, 4),
     "130k-tp1-untied-grouped": (130_000.0, 1, 1, False, 2),
-    "130k-pp2-tied-grouped": (130_000.0, 1, 2, True, 2),
 }
-"""RoPE theta, tp, pp, tied, key-value heads of 4: the first five hold every pair of theta, tp, tied and heads."""
+"""RoPE theta, tp, pp, tied, key-value heads of 4: they hold every pair of theta, tp, tied and heads, and one is in two pipeline stages."""
 
 
 def tiny(folder: Path, theta: float, tp: int, pp: int, tied: bool, kv_heads: int) -> Run:
@@ -183,7 +182,7 @@ def test_the_files_are_as_nanotron_writes_them(cases: dict[str, Case]) -> None:
 def test_what_a_folder_in_transformers_format_holds(cases: dict[str, Case], tmp_path: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
-    case = cases["130k-tp1-tied-multi"]
+    case = cases["130k-pp2-tied-multi"]
     assert sorted(p.name for p in case.model.iterdir()) == [
         "config.json", "conversion.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",
@@ -206,7 +205,7 @@ def test_what_a_folder_in_transformers_format_holds(cases: dict[str, Case], tmp_
 
 @pytest.mark.slow
 def test_an_existing_conversion_is_kept_and_anything_else_refused(cases: dict[str, Case], tmp_path: Path) -> None:
-    case, other = cases["130k-tp1-tied-multi"], cases["10k-tp1-untied-multi"]
+    case, other = cases["130k-pp2-tied-multi"], cases["10k-tp1-untied-multi"]
     out = shutil.copytree(case.model, tmp_path / "model")
     before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
     assert to_transformers(case.checkpoint, out) == out
@@ -270,7 +269,7 @@ def test_a_checkpoint_that_does_not_verify_is_refused(cases: dict[str, Case], tm
 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_tokenizer_is_refused(cases: dict[str, Case], tmp_path: Path) -> None:
-    run = Run.load(shutil.copytree(cases["130k-tp1-tied-multi"].run.folder, tmp_path / "run"))
+    run = Run.load(shutil.copytree(cases["130k-pp2-tied-multi"].run.folder, tmp_path / "run"))
     checkpoint, out = run.checkpoints("stage1") / "2", tmp_path / "out"
     other = tmp_path / "other.json"
     other.write_text(run.tokenizer.read_text().replace('"word7"', '"seven"'))
@@ -297,7 +296,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(cases: dict[str, Case], tm
 
 @pytest.mark.slow
 def test_a_run_does_not_start_from_what_does_not_fit(cases: dict[str, Case], tmp_path: Path) -> None:
-    case, run = cases["130k-tp1-tied-multi"], cases["130k-tp1-untied-grouped"].run
+    case, run = cases["130k-pp2-tied-multi"], cases["130k-tp1-untied-grouped"].run
     with pytest.raises(UserError, match="a model of num_key_value_heads 4, where the recipe tiny has 2"):
         check_start(case.back, run)
     model = Path(shutil.copytree(cases["130k-tp1-untied-grouped"].model, tmp_path / "model"))
