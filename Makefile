@@ -13,12 +13,11 @@ SLURM := slurmctld slurmd slurm-client munge
 rehearse: $(READY)
 	$(BIN)/smol rehearse
 
-# Three at a time: those of the cluster wait for most of theirs, and few others keep two cores busy.
+# Two at a time: those of the cluster wait for a good part of theirs.
+FIRST := tests/cluster tests/eval tests/test_rehearse.py
 test: $(READY) slurm
-	$(BIN)/python -m pytest -rs tests/cluster & cluster=$$!; \
-	$(BIN)/python -m pytest tests/bench tests/engine & engine=$$!; \
-	$(BIN)/python -m pytest --ignore=tests/cluster --ignore=tests/bench --ignore=tests/engine; code=$$?; \
-	wait $$cluster || code=1; wait $$engine || code=1; exit $$code
+	$(BIN)/python -m pytest -rs $(FIRST) & first=$$!; \
+	$(BIN)/python -m pytest $(FIRST:%=--ignore=%); code=$$?; wait $$first && exit $$code
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

@@ -50,6 +50,7 @@ def test_correctness_and_variants_are_measured(
 ) -> None:
     some = {name: FUSED[name] for name in ("norm", "loss", ALL)}  # each by itself: tests/engine/test_fused.py
     monkeypatch.setattr("recipes.bench.gpu.FUSED", some)
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # test_fused compiles the layer
     result = bench_gpu(tmp_path / "gpu.json", steps=2, tiny=True, loss_steps=8, minutes=60)
     assert json.loads((tmp_path / "gpu.json").read_text()) == result
     checked = {row["what"]: row for row in result["correctness"]}

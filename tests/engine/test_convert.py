@@ -37,7 +37,7 @@ RUNS: dict[str, tuple[float, int, int, bool, int]] = {
     "130k-pp2-tied-multi": (130_000.0, 1, 2, True, 4),
     "130k-tp1-untied-grouped": (130_000.0, 1, 1, False, 2),
 }
-"""RoPE theta, tp, pp, tied, key-value heads of 4: they hold every pair of theta, tp, tied and heads, and one is in two pipeline stages."""
+"""RoPE theta, tp, pp, tied, key-value heads of 4: every pair of theta, tp, tied and heads, and one pipeline."""
 
 
 def tiny(folder: Path, theta: float, tp: int, pp: int, tied: bool, kv_heads: int) -> Run:
