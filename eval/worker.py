@@ -23,6 +23,7 @@ from eval.sandbox import check_sandbox
 from recipes.errors import UserError
 from recipes.files import write_atomic, write_json
 from recipes.run import code_revision
+from recipes.state import end_with_parent
 
 PACKAGES = ("lighteval", "transformers", "torch", "datasets", "tokenizers")
 PERCENT = ("acc", "acc_norm", "extractive_match", "qem", "exact_match", "pass@1")
@@ -185,4 +186,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent()  # `smol eval` may be killed; its next start would find this one on the same device
     sys.exit(main())

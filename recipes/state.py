@@ -5,10 +5,12 @@ Neither torch nor nanotron is imported here.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,6 +25,12 @@ from recipes.run import Run
 EXIT_USER_ERROR, EXIT_NOT_WRITTEN, EXIT_STOPPED, EXIT_DIVERGED, EXIT_HUNG = 2, os.EX_IOERR, os.EX_TEMPFAIL, 76, 77
 LOCK_SECONDS = 60
 """For which a start waits for an older one, which may be writing its last checkpoint."""
+
+
+def end_with_parent() -> None:
+    """Asks for SIGTERM when this process's parent dies: it may be killed, and then ends nobody."""
+    set_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 
 def write_state(

@@ -30,7 +30,6 @@ once; its workers notice, write their checkpoint and end.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import hashlib
 import json
 import os
@@ -63,6 +62,7 @@ from recipes.state import (
     EXIT_NOT_WRITTEN,
     EXIT_STOPPED,
     EXIT_USER_ERROR,
+    end_with_parent,
     last_saved,
     lock,
     read_state,
@@ -105,7 +105,7 @@ def main() -> int:
     if arguments.stage == INIT:
         return code_of(lambda: create_step_zero(arguments.run))
     stop = StopRequest()
-    end_with_parent()
+    end_with_torchrun()
     word = first_word(arguments.run, arguments.stage)
     if word["exit_code"] is not None:
         return int(word["exit_code"])
@@ -133,11 +133,10 @@ def become_single_process() -> None:
         os.environ.update({key: str(value) for key, value in alone.items()}, MASTER_ADDR="127.0.0.1")
 
 
-def end_with_parent() -> None:
-    """Asks for SIGTERM when torchrun dies: its workers would train on, beside those of the next start."""
+def end_with_torchrun() -> None:
+    """Its workers would train on, beside those of the next start."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        set_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+        end_with_parent()
 
 
 # Before training: the first rank looks at everything, and all do as it says

@@ -151,7 +151,7 @@ def main() -> int:
     arguments = parser.parse_args()
     train.become_single_process()
     stop = train.StopRequest()
-    train.end_with_parent()
+    train.end_with_torchrun()
     run = Run.load(arguments.run)
     stage = run.plan.stages[0]
     word = train.first_word(run.folder, stage.name)
