@@ -59,7 +59,7 @@ def propose_next(run: Run, after: StagePlan, console: Console, *, adopt: bool) -
     proposal = propose(run.recipe, after.name, cards, policy())
     mixture, _ = write(proposal, mixture.parent, mixture_diff_markdown(run.recipe, following, proposal.mixture))
     shares = ", ".join(f"{d.name} {float(d.before):.1%} → {float(d.proposed):.1%}" for d in proposal.domains)
-    console.print(f"  proposed for {following}: {shares}", highlight=False)
+    console.print(f"  proposed for {following}: {shares}", highlight=False, soft_wrap=True)
     if not adopt:
         return run
     append_line(run.folder / "events.jsonl", {"event": "adopted", "stage": following, "mixture": shares}, sync=True)
