@@ -178,6 +178,7 @@ def command(run: Run, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_by_hand_one_pass_and_one_message(tiny_run: Run, there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tiny_run, "stage1", 10)
     done = command(tiny_run, "stage1")
@@ -194,6 +195,7 @@ def test_by_hand_one_pass_and_one_message(tiny_run: Run, there: Path, monkeypatc
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "SMOL_UPLOAD is not set" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_repository_on_the_hub_gets_a_few_commits_and_no_byte_twice(
     tiny_run: Run, monkeypatch: pytest.MonkeyPatch
@@ -218,6 +220,7 @@ def test_a_repository_on_the_hub_gets_a_few_commits_and_no_byte_twice(
         assert done.returncode == 1 and "Make sure the repository and revision exist" in done.stdout, done
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_killed_in_the_middle_the_next_pass_does_the_rest(tiny_run: Run, there: Path) -> None:
     write_checkpoint(tiny_run, "stage1", 23, size=150_000_000)

@@ -19,6 +19,7 @@ from tests.cluster.lab import Lab
 from tests.cluster.runs import Site
 from tests.cluster.test_ranks import site_of_the_1_7b
 
+pytestmark = pytest.mark.slow
 WORDS = ("smollm2-1.7b", "--run", "cut", "--stages", "stage1")
 REFUSING = """#!/bin/bash
 case "$*" in *--test-only*) ;; *) echo >> {count}; [ $(wc -l < {count}) -lt 5 ] || {{ echo "sbatch: error: no more" >&2; exit 1; }} ;; esac

@@ -174,6 +174,7 @@ def test_a_full_shared_disk_names_no_node(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_all_reduce_sums_over_all_ranks(tiny_run: Run, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "recipes.slurm.preflight", "reduce", str(tiny_run.folder), "stage1"]

@@ -93,6 +93,7 @@ def test_samples_after_a_skip_are_those_that_lie_further_on(tiny_run: Run) -> No
     assert np.array_equal(after.sources(np.arange(80, 160)), before.sources(np.arange(104, 184)))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(data=st.data())
 def test_counts_are_those_of_every_sample_one_by_one(recipe: Recipe, data: st.DataObject) -> None:
